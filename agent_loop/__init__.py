@@ -1,0 +1,1 @@
+"""The agent loop: renders, samples, parses, steps, records. The one seam of messages and tokens."""

@@ -1,0 +1,1 @@
+"""On-policy distillation: teacher scores, loss, student, checkpoints, the run."""

@@ -1,0 +1,1 @@
+"""Environments: tasks, the Gymnasium contract, the registry. Messages only."""
