@@ -1,0 +1,55 @@
+# Two commands: `make demo`, `make test`. Everything runs in .venv, which they make.
+PYTHON ?= python3
+# A pip index of CPU builds of torch: spares a Linux machine without a GPU the CUDA wheels of the default build.
+TORCH_INDEX ?=
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --disable-pip-version-check --quiet
+ENV ?= medbrowse
+
+.PHONY: demo test test-slow check format bench setup dev clean
+
+demo: setup  ## train a small student on tool use, on this machine
+	$(PY) -m distill.run --env $(ENV)
+
+test: dev  ## the default tests: no network, no hub, no GPU
+	$(PY) -m pytest -m "not slow and not gpu"
+
+test-slow: dev  ## whole runs: kill and resume, the CPU default on three seeds
+	$(PY) -m pytest -m "slow and not gpu"
+
+check: dev  ## lint, format, types, layers
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/lint-imports
+
+format: dev
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench: dev  ## the figures of bench/README.md, quick sizes
+	$(PY) -m bench.rollout
+	$(PY) -m bench.engine
+	$(PY) -m bench.loss --quick
+	$(PY) -m bench.step
+
+setup: $(VENV)/.setup
+dev: $(VENV)/.dev
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "distill-gym needs Python 3.11 or newer; try: make demo PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.setup: pyproject.toml | $(VENV)/bin/python
+	$(PIP) --upgrade pip
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),) torch==2.13.0
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.setup
+	$(PIP) -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
