@@ -1,0 +1,62 @@
+"""What a step's episodes tell, as flat numbers. Names and meanings: docs/metrics.md."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from statistics import fmean
+
+from agent_loop.types import Episode
+from envs.types import StopReason
+
+Metrics = dict[str, float | int | None]
+
+CUT_SHORT = (StopReason.MAX_TURN_TOKENS, StopReason.MAX_TOKENS, StopReason.CONTEXT_OVERFLOW)
+"""Stop reasons of an episode that lost its end to a token budget."""
+
+
+def mean(values: Sequence[float]) -> float | None:
+    """None of no values: not computed."""
+    return fmean(values) if values else None
+
+
+def rollout_metrics(episodes: Sequence[Episode]) -> Metrics:
+    """Numbers of the rollouts of one step. Failed episodes count in `rollout/*` shares, not in lengths."""
+    count = len(episodes)
+    played = [e for e in episodes if e.stop_reason is not StopReason.ERROR]
+    turns = [turn for e in played for turn in e.turns]
+    calls = [call for turn in turns for call in turn.message.tool_calls]
+    results = [result for turn in turns for result in turn.tool_results]
+    errors = Counter(result.error.kind.value for result in results if result.error)
+    stops = Counter(e.stop_reason.value for e in episodes)
+    sampled = [e.num_sampled for e in played]
+    metrics: Metrics = {
+        "rollout/episodes": count,
+        "rollout/failed": count - len(played),
+        "rollout/num_turns": mean([len(e.turns) for e in played]),
+        "rollout/sampled_tokens": sum(sampled),
+        "rollout/sampled_tokens_per_episode": mean(sampled),
+        "rollout/tokens_per_episode": mean([sum(len(t) for t in e.traces) for e in played]),
+        "rollout/truncated": sum(e.stop_reason in CUT_SHORT for e in episodes) / count if count else None,
+        "rollout/extra_traces": sum(max(0, len(e.traces) - 1) for e in played),
+        "rollout/parse_errors": sum(turn.num_parse_errors for turn in turns),
+        "tool/calls_per_episode": len(calls) / len(played) if played else None,
+        "tool/error_rate": sum(errors.values()) / len(results) if results else None,
+        "tool/valid_call_rate": sum(c.parse_error is None for c in calls) / len(calls) if calls else None,
+    }
+    metrics |= {f"stop_reason/{reason}": n / count for reason, n in sorted(stops.items())}
+    metrics |= {f"tool_error/{kind}": n / len(results) for kind, n in sorted(errors.items())}
+    metrics |= reward_metrics(episodes)
+    return metrics
+
+
+def reward_metrics(episodes: Sequence[Episode]) -> Metrics:
+    """Tracked rewards by name; nothing where verification was skipped."""
+    names = sorted({name for e in episodes for name in e.rewards})
+    metrics: Metrics = {
+        f"reward/{name}": mean([e.rewards[name] for e in episodes if name in e.rewards]) for name in names
+    }
+    if any(e.reward is not None for e in episodes):
+        # An episode that failed did not succeed: it counts in the denominator.
+        metrics["reward"] = sum(e.reward or 0.0 for e in episodes) / len(episodes)
+    return metrics
