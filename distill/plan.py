@@ -1,0 +1,40 @@
+"""`--dry-run`: what a run would do, from the configuration and the tasks alone."""
+
+from __future__ import annotations
+
+import itertools
+
+import envs
+from distill.config import RunConfig
+from envs.dataset import iter_tasks
+from envs.types import Limits
+
+
+def plan(config: RunConfig) -> str:
+    """Validate the environment and the first tasks, and describe the run in words.
+
+    Raises:
+        RegistryError: an environment that is not there.
+        TaskError: a row that is not a task.
+    """
+    limits = Limits(**{name: getattr(config.rollout, name) for name in Limits.__dataclass_fields__})
+    env = envs.make(config.env, limits=limits, skip_verification=config.skip_verification, **config.env_args)
+    for path in (config.tasks.train, config.tasks.eval):
+        if path:
+            list(itertools.islice(iter_tasks(path), 100))
+    episodes = config.rollout.batch_size * config.rollout.group_size
+    student = config.student.base_url or "embedded engine"
+    teacher = config.teacher.base_url or "embedded engine"
+    context = " with a system prompt of its own" if config.teacher.system_prompt else ""
+    reward = "skipped" if config.skip_verification else "tracked"
+    lines = [
+        f"environment   {config.env}: {len(env.tool_specs)} tools ({', '.join(s.name for s in env.tool_specs) or 'none'})",
+        f"student       {config.student.model} on {student}"
+        + (f", LoRA rank {config.student.lora.rank}" if config.student.lora else ""),
+        f"teacher       {config.teacher.model or config.student.model} on {teacher}{context}",
+        f"each step     {config.rollout.batch_size} tasks x {config.rollout.group_size} = {episodes} episodes, "
+        f"at most {limits.max_turns} turns of {limits.max_turn_tokens} tokens; rewards {reward}",
+        f"loss          {config.loss.type}, teacher_tau {config.loss.teacher_tau:g}, adv_tau {config.loss.adv_tau:g}",
+        f"run           {config.steps} steps, lr {config.optim.lr:g}, a checkpoint every {config.checkpoint.every}",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,234 @@
+"""`python -m distill.run --env medbrowse`: on-policy distillation from a tool environment to a reverse-KL update.
+
+The training loop is `train`. Everything that it calls is one module away.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distill.config_load import ConfigError, LoadedConfig, add_config_arguments, load_from_arguments
+from distill.console import Console, fail
+from distill.failures import EXIT_USAGE, Interrupted, guarded
+
+if TYPE_CHECKING:
+    from distill.build import Parts
+    from distill.checkpoint import Checkpoint
+    from distill.rundir import RunDir
+
+
+async def train(parts: Parts, run: RunDir, console: Console, checkpoint: Checkpoint | None) -> None:
+    """The run: check, evaluate, then `steps` times tasks -> episodes -> scores -> update -> publish -> record."""
+    from distill.checkpoint import save_checkpoint
+    from distill.publish import verify_canary
+    from distill.step import collect
+    from distill.tasks import TaskSource
+
+    config = parts.config
+    stop = StopFlag()
+    first = checkpoint.step if checkpoint else 0
+    source = TaskSource(parts.train_tasks, seed=config.seed, cursor=checkpoint.cursor if checkpoint else 0)
+    await parts.publisher.publish(parts.student, version=first)
+    await preflight(parts, console)
+    if first == 0 and config.eval.at_start:
+        await evaluate_and_record(parts, run, console, step=0)
+
+    for step in range(first + 1, config.steps + 1):
+        began = time.monotonic()
+        tasks = source.take(config.rollout.batch_size)
+        with console.phase(f"step {step}: episodes", len(tasks) * config.rollout.group_size) as phase:
+            scored = await collect(parts, run, tasks, step, on_episode=phase.advance)
+        train_began = time.monotonic()
+        trained = await asyncio.to_thread(parts.student.train_step, scored.trainable, step=step)
+        publish_began = time.monotonic()
+        await parts.publisher.publish(parts.student, version=step)
+        canary = await verify_canary(
+            parts.student_endpoint.transport,
+            parts.student_endpoint.model,
+            parts.student,
+            canary_of(parts),
+            tolerance=config.check.max_canary_difference,
+        )
+        now = time.monotonic()
+        metrics = (
+            scored.metrics
+            | trained
+            | {
+                "publish/canary": canary,
+                "epoch": source.epoch,
+                "time/train": publish_began - train_began,
+                "time/publish": now - publish_began,
+                "time/step": now - began,
+            }
+        )
+        run.append_metrics({"step": step, **metrics})
+        console.step(step, config.steps, metrics)
+        last = step == config.steps or stop.asked
+        if config.eval.every and step % config.eval.every == 0 and not last:
+            await evaluate_and_record(parts, run, console, step=step)
+        if last or step % config.checkpoint.every == 0:
+            save_checkpoint(
+                run.path / "checkpoints",
+                step,
+                parts.student,
+                cursor=source.cursor,
+                keep_last=config.checkpoint.keep_last,
+            )
+        if stop.asked and step < config.steps:
+            raise Interrupted(f"stopped after step {step}; continue with --resume {run.path}")
+
+    if config.eval.at_end:
+        await evaluate_and_record(parts, run, console, step=config.steps)
+
+
+class StopFlag:
+    """The first SIGINT or SIGTERM lets the step in hand finish and saves; the second stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._ask)
+
+    def _ask(self) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print("stopping after this step; once more to stop now", file=sys.stderr)
+
+
+def canary_of(parts: Parts) -> list[int]:
+    """A fixed sequence: the first task's prompt, cut to 64 tokens."""
+    messages = parts.renderer.clean(parts.train_tasks[0].messages)
+    return parts.renderer.render_prompt(messages, parts.tool_specs)[:64]
+
+
+async def preflight(parts: Parts, console: Console) -> None:
+    """The checks of `python -m distill.check`; they run by themselves before the first step.
+
+    Raises:
+        CheckFailed: with every error found.
+    """
+    from distill.check import CheckFailed, check_parts
+
+    findings = await check_parts(parts)
+    for finding in findings:
+        if finding.level != "ok":
+            console.say(str(finding))
+    errors = [f for f in findings if f.level == "error"]
+    if errors:
+        raise CheckFailed(errors)
+    console.say(f"checks: {sum(f.level == 'ok' for f in findings)} ok, {len(findings) - len(errors)} run")
+
+
+async def evaluate_and_record(parts: Parts, run: RunDir, console: Console, *, step: int) -> None:
+    """Play the held-out tasks with the student, and once with the teacher; one line each in `evals.jsonl`."""
+    from distill.step import evaluate
+
+    if not parts.eval_tasks:
+        return
+    endpoints = [("student", parts.student_endpoint)]
+    if step == 0 and parts.config.eval.teacher:
+        endpoints.insert(0, ("teacher", parts.teacher_endpoint))
+    for name, endpoint in endpoints:
+        total = min(len(parts.eval_tasks), parts.config.eval.num_tasks) * parts.config.eval.group_size
+        with console.phase(f"evaluating the {name} on held-out tasks", total) as phase:
+            count, metrics = await evaluate(parts, run, endpoint, name=name, step=step, on_episode=phase.advance)
+        run.append_metrics({"name": name, "step": step, "episodes": count, "metrics": metrics}, file="evals.jsonl")
+        success = metrics.get("reward/success")
+        console.say(
+            f"{name} at step {step}: success {success:.1%} of {count}" if success is not None else f"{name}: no grader"
+        )
+
+
+def finish(run: RunDir, console: Console) -> None:
+    """The table of before and after, the curve, and where to look next."""
+    from distill.report import Evaluation, before_after, plot
+    from distill.rundir import read_jsonl
+
+    lines = read_jsonl(run.path / "metrics.jsonl")
+    evals = run.path / "evals.jsonl"
+    evaluations = [Evaluation(**line) for line in read_jsonl(evals)] if evals.exists() else []
+    console.table("\n" + before_after(evaluations, lines) + "\n")
+    console.say(f"curve: {plot(run.path)}")
+    console.say(f"read the episodes: python -m agent_loop.view {run.path}")
+
+
+async def run_training(loaded: LoadedConfig, console: Console, resume: Path | None) -> None:
+    """Build the parts, open the run directory, train, report, and leave nothing running."""
+    from distill.build import build, metadata_of
+    from distill.checkpoint import find_latest
+    from distill.rundir import RunDir
+
+    config = loaded.config
+    path = resume or Path(config.output_dir) / (
+        config.run_id or f"{config.env.strip('/').replace('/', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
+    )
+    run = RunDir.resume(path) if resume else RunDir.create(path, config.model_dump(mode="json"))
+    status = "failed"
+    parts = None
+    try:
+        console.say(f"run directory: {path}")
+        parts = build(config, console)
+        run.note(**metadata_of(parts))
+        checkpoint = None
+        if resume:
+            checkpoint = find_latest(path / "checkpoints", report=console.say)
+            run.rewind(checkpoint.step if checkpoint else 0)
+            if checkpoint:
+                parts.student.restore(checkpoint)
+                console.say(f"resuming after step {checkpoint.step}")
+        await train(parts, run, console, checkpoint)
+        finish(run, console)
+        status = "finished"
+    except (Interrupted, KeyboardInterrupt, asyncio.CancelledError):
+        status = "interrupted"
+        raise
+    finally:
+        if parts is not None:
+            await parts.aclose()
+        run.close(status)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command. Exit codes: docs/concepts.md, "Failures"."""
+    parser = argparse.ArgumentParser(
+        prog="python -m distill.run",
+        description="Train a student on the tool environment ENV by on-policy distillation.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_config_arguments(parser)
+    parser.add_argument("--resume", metavar="RUN", type=Path, help="continue the run in this directory")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check the configuration and the tasks, print the plan, stop"
+    )
+    arguments, rest = parser.parse_known_args(argv)
+    console = Console()
+    try:
+        loaded = load_from_arguments(arguments, rest, console.say)
+    except ConfigError as error:
+        fail(str(error))
+        return EXIT_USAGE
+    if arguments.dry_run:
+        return dry_run(loaded, console)
+    return guarded(lambda: asyncio.run(run_training(loaded, console, arguments.resume)))
+
+
+def dry_run(loaded: LoadedConfig, console: Console) -> int:
+    """Validate everything that needs no model, and print what a run would do."""
+    from distill.plan import plan
+
+    def show() -> None:
+        print(plan(loaded.config))
+
+    return guarded(show)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
