@@ -1,0 +1,444 @@
+"""The configuration of a run: one frozen tree, the single source of its help, schema, documentation and checks.
+
+Sections are pydantic models with a docstring, a unit and a bound under each field. Unknown keys and values of the
+wrong type are refused, never coerced: `"1e-5"` is a string, not a number. `distill.config_load` reads TOML files and
+flags into it and reports every mistake with its file and line. Nothing here imports torch.
+
+    python -m distill.config schema                      # JSON schema
+    python -m distill.config show --config a.toml        # every value and where it came from
+    python -m distill.config docs                        # docs/configuration.md
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, model_validator
+
+from envs.types import Limits, ParseErrorPolicy, TerminationPolicy
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+
+_SECRET = re.compile(
+    r"\b(?:sk|pk|rk)-[A-Za-z0-9_-]{16,}|\bhf_[A-Za-z0-9]{20,}|\bgh[opsru]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}"
+    r"|\bxox[abprs]-[A-Za-z0-9-]{10,}|\bAKIA[A-Z0-9]{16}\b|\bAIza[A-Za-z0-9_-]{30,}|\bnvapi-[A-Za-z0-9_-]{20,}"
+    r"|\bglpat-[A-Za-z0-9_-]{16,}|\bgsk_[A-Za-z0-9]{20,}|\bBearer\s+\S{8,}|\beyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]+"
+)
+
+
+def looks_secret(text: str) -> bool:
+    """Whether the text holds something of the shape of a well-known kind of API key or token."""
+    return _SECRET.search(text) is not None
+
+
+def _environment_variable(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,127}", name):
+        raise ValueError("this is the NAME of an environment variable that holds the key, such as TEACHER_API_KEY")
+    return name
+
+
+def _base_url(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError as error:
+        raise ValueError(f"not a URL: {error}") from None
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("wanted an http:// or https:// address with its /v1, such as http://localhost:8000/v1")
+    if parts.username or parts.password:
+        raise ValueError("a user name or password does not belong in the address; use api_key_env")
+    if parts.query or parts.fragment:
+        raise ValueError("an address has no ?query and no #fragment")
+    return url.rstrip("/")
+
+
+def _run_id(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", name):
+        raise ValueError("letters, digits, '.', '_' and '-' only: it becomes the name of a folder")
+    return name
+
+
+BaseUrl = Annotated[str, AfterValidator(_base_url)]
+EnvVar = Annotated[str, AfterValidator(_environment_variable)]
+Text = Annotated[str, Field(min_length=1)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """What all sections share."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        use_attribute_docstrings=True,
+        validate_default=True,
+        protected_namespaces=(),
+    )
+
+
+class TasksConfig(Section):
+    """Which tasks are trained on and which ones are evaluated on."""
+
+    train: Text | None = None
+    """Task JSONL file (docs/formats.md), relative to the working directory. none: the environment's own tasks."""
+    eval: Text | None = None
+    """Task JSONL file of held-out tasks. none: the environment's own `test` split, if it has one."""
+    num_train: Annotated[int, Field(ge=1)] | None = None
+    """Training tasks to use (from the start of the file) or to generate. none: all that there are."""
+    num_eval: Annotated[int, Field(ge=1)] | None = None
+    """Evaluation tasks to read or to generate. none: all that there are."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed of generated tasks and of the order in which tasks are taken."""
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (PEFT) instead of full training. The table switches it on."""
+
+    rank: Annotated[int, Field(ge=1, le=1024)] = 32
+    """Rank of each adapter."""
+    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 64.0
+    """Scale: the adapter's output is multiplied by alpha / rank."""
+    target_modules: Annotated[tuple[Text, ...], Strict(False), Field(min_length=1)] = ("all-linear",)
+    """Names of the modules that get an adapter; "all-linear" alone is every linear layer but the output head."""
+
+
+class StudentConfig(Section):
+    """The model that plays the episodes and is trained."""
+
+    model: Text
+    """Folder, Hub name, or `builtin:` name of a model that is made on first use (docs/models.md)."""
+    revision: Text | None = None
+    """Commit or branch of a Hub model. none: the Hub's default branch."""
+    dtype: Dtype = "auto"
+    """Number format of weights and activations in the trainer. auto: bfloat16 on a GPU, float32 on a CPU."""
+    base_url: BaseUrl | None = None
+    """Address of the vLLM server that samples, with its `/v1`. none: the embedded engine in this process."""
+    api_key_env: EnvVar | None = None
+    """Name of the environment variable with the server's key. Keys themselves never stand in a configuration."""
+    max_context: Annotated[int, Field(ge=16)] | None = None
+    """Tokens that the model may see. none: what the server or the model's own configuration says."""
+    lora: LoraConfig | None = None
+    """Adapters instead of full training. none: all weights are trained."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: about a third more time for much less memory."""
+    enable_thinking: bool | None = None
+    """Passed to chat templates that know it (Qwen3). none: the template's own default."""
+
+
+class TeacherConfig(Section):
+    """The model that scores the student's tokens. It is asked for log-probabilities, never for text."""
+
+    model: Text | None = None
+    """Folder, Hub name, `builtin:` name, or the name its server knows it by. none: the student's model as it was at
+    the start, which teaches something only with a `system_prompt`."""
+    base_url: BaseUrl | None = None
+    """Address of the vLLM server that scores, with its `/v1`. none: the embedded engine in this process."""
+    api_key_env: EnvVar | None = None
+    """Name of the environment variable with the server's key."""
+    dtype: Dtype = "auto"
+    """Number format of the teacher's weights where it runs in this process."""
+    system_prompt: Text | None = None
+    """Text that only the teacher sees, before the task's own system message (worked examples, privileged facts)."""
+    max_tokens_in_flight: Annotated[int, Field(ge=1)] = 131_072
+    """Tokens in all scoring requests at once; prompt log-probabilities cost the server memory."""
+    timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 600.0
+    """Seconds for one scoring request, its retries included."""
+    top_k: Annotated[int, Field(ge=0, le=1024)] = 0
+    """Candidates a position that the teacher returns, for the `topk` loss. 0: the sampled token alone."""
+    max_dropped_fraction: Fraction = 0.2
+    """Share of a step's episodes that may go unscored before the run stops."""
+
+
+class RolloutConfig(Section):
+    """How many episodes are played, how they are sampled, and every budget of an episode."""
+
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    """Tasks a step."""
+    group_size: Annotated[int, Field(ge=1)] = 4
+    """Episodes of each task: a step has batch_size x group_size of them."""
+    max_concurrent: Annotated[int, Field(ge=1)] = 64
+    """Episodes in play at once."""
+    temperature: Annotated[float, Field(gt=0, le=10)] = 1.0
+    """Sampling temperature. Other than 1, the student is trained off its own policy (corrected by `loss.rho`)."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus sampling. Below 1, tokens outside of the nucleus are never seen by the loss."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Sample among the k most probable tokens. 0: off."""
+    max_turns: Annotated[int, Field(ge=1)] = 10
+    """Model calls an episode."""
+    max_turn_tokens: Annotated[int, Field(ge=1)] = 1024
+    """Sampled tokens a turn."""
+    max_episode_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Tokens an episode: prompt, sampled tokens and tool output together. none: what the context holds."""
+    max_tool_calls: Annotated[int, Field(ge=1)] | None = None
+    """Tool calls an episode, over all tools. none: no limit."""
+    max_calls_per_tool: dict[str, Annotated[int, Field(ge=0)]] = Field(default_factory=dict)
+    """Calls an episode by tool name: `[rollout.max_calls_per_tool]`, `search = 5`. Tools not named have no limit."""
+    max_tool_output_chars: Annotated[int, Field(ge=1)] = 8000
+    """Characters of one tool result that the model sees; the rest is behind a page footer."""
+    max_parse_errors: Annotated[int, Field(ge=0)] = 3
+    """Malformed tool calls after which an episode ends."""
+    timeout_s: Annotated[float, Field(gt=0, le=604_800)] = 600.0
+    """Seconds of wall time an episode."""
+    termination_policy: TerminationPolicy = "last_tool"
+    """last_tool: a reply without a tool call ends the episode. max_turns: only an ending tool or a budget does."""
+    on_parse_error: ParseErrorPolicy = "train"
+    """What becomes of a turn with a malformed call. train: its tokens are trained on. mask: they are not. stop: the
+    episode ends."""
+
+    def limits(self) -> Limits:
+        """The budgets of an episode, as the environment layer wants them."""
+        return Limits(
+            max_turns=self.max_turns,
+            max_turn_tokens=self.max_turn_tokens,
+            max_episode_tokens=self.max_episode_tokens,
+            max_tool_calls=self.max_tool_calls,
+            max_calls_per_tool=dict(self.max_calls_per_tool),
+            max_tool_output_chars=self.max_tool_output_chars,
+            max_parse_errors=self.max_parse_errors,
+            timeout_s=self.timeout_s,
+            termination_policy=self.termination_policy,
+            on_parse_error=self.on_parse_error,
+        )
+
+
+class LossConfig(Section):
+    """The reverse KL on the student's own tokens (docs/loss.md)."""
+
+    type: Literal["sampled", "topk", "full"] = "sampled"
+    """sampled: the sampled token's log-ratio. topk: exact over the teacher's k candidates, sampled on the tail; far
+    less variance. full: exact over the vocabulary, where the teacher runs in this process."""
+    teacher_tau: Annotated[float, Field(ge=0, le=100)] = 1.0
+    """Weight of the teacher's signal."""
+    adv_tau: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """Weight of the rewards' advantage. 0: rewards never enter the loss."""
+    rho: Annotated[float, Field(ge=1, le=1000)] = 2.0
+    """Cap of the importance ratio between the trainer's and the sampler's probability of a token."""
+
+
+class OptimConfig(Section):
+    """AdamW and its schedule."""
+
+    lr: Annotated[float, Field(gt=0, le=1)] = 1e-5
+    """Peak learning rate. Full training of billions of parameters: 1e-6 to 1e-5. LoRA: about 1e-4."""
+    betas: Annotated[
+        tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]],
+        Strict(False),
+    ] = (0.9, 0.95)
+    """Decay of AdamW's first and second moment."""
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Decoupled weight decay, times the learning rate a step."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the learning rate rises from 0 to `lr`."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after the warm-up; linear and cosine fall to 0 at the last step."""
+    max_grad_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """Gradients are scaled down to this L2 norm where theirs is larger."""
+    micro_batch_tokens: Annotated[int, Field(ge=1)] = 16_384
+    """Tokens (padding included) of one forward pass; a longer trace goes alone. Bounds memory, changes no result."""
+
+
+class CheckpointConfig(Section):
+    """When the run saves what it needs to go on."""
+
+    every: Annotated[int, Field(ge=0)] = 10
+    """Steps between checkpoints. 0: only after the last step. One is always written after the last step."""
+    keep_last: Annotated[int, Field(ge=1)] = 2
+    """Checkpoints kept; older ones are deleted once a newer one is complete."""
+
+
+class EvalConfig(Section):
+    """Evaluation on held-out tasks. Graders run here even where `skip_verification` is on: nothing is trained on."""
+
+    every: Annotated[int, Field(ge=0)] = 0
+    """Steps between evaluations during training. 0: none."""
+    num_tasks: Annotated[int, Field(ge=1)] = 100
+    """Tasks an evaluation, from the start of the evaluation tasks."""
+    group_size: Annotated[int, Field(ge=1)] = 1
+    """Episodes of each evaluation task."""
+    at_start: bool = False
+    """Evaluate before the first step."""
+    at_end: bool = False
+    """Evaluate after the last step."""
+
+
+class CheckConfig(Section):
+    """The pre-flight check that runs before training (`python -m distill.check`)."""
+
+    skip: Annotated[tuple[Text, ...], Strict(False)] = ()
+    """Names of findings that do not stop the run. They are still reported."""
+    max_mismatch_kl: Annotated[float, Field(gt=0, le=100)] = 0.05
+    """Mean KL a token, in nats, between what the sampler and the trainer say of the same tokens."""
+    max_self_kl: Annotated[float, Field(gt=0, le=100)] = 0.05
+    """Mean KL a token, in nats, of the student scored through the teacher's path by a model equal to it."""
+
+
+class RunConfig(Section):
+    """All settings of a run."""
+
+    env: Text
+    """Name of a registered environment (`python -m envs list`) or path of an environment's folder."""
+    env_args: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the environment: `[env_args]`, `max_hops = 2`, or `--env_args.max_hops 2`."""
+    skip_verification: bool = True
+    """Graders are neither built nor called in training, and no reward is computed."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed of sampling and of the trainer."""
+    steps: Annotated[int, Field(ge=1)] = 100
+    """Optimiser steps."""
+    output_dir: Text = "runs"
+    """Folder of all runs, relative to the working directory."""
+    run_id: Annotated[str, AfterValidator(_run_id)] | None = None
+    """Name of this run's folder in `output_dir`. none: made from the date, the time and the environment."""
+    tasks: TasksConfig = Field(default_factory=TasksConfig)
+    student: StudentConfig
+    teacher: TeacherConfig = Field(default_factory=TeacherConfig)
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    loss: LossConfig = Field(default_factory=LossConfig)
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    check: CheckConfig = Field(default_factory=CheckConfig)
+
+    @property
+    def teacher_model(self) -> str:
+        """`teacher.model`, or the student's where it is not given."""
+        return self.teacher.model or self.student.model
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        problems = list(_problems(self))
+        if problems:
+            raise InconsistentConfig(problems)
+        return self
+
+    def notes(self) -> list[str]:
+        """Settings that are allowed and seldom meant, in words for the log."""
+        return list(_notes(self))
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Two or more settings that cannot hold together."""
+
+    keys: tuple[str, ...]
+    """Dotted keys, the one to blame first."""
+    message: str
+
+
+class InconsistentConfig(ValueError):
+    """Every field is valid by itself, but not with the others."""
+
+    def __init__(self, problems: list[Problem]) -> None:
+        super().__init__("; ".join(f"{p.keys[0]}: {p.message}" for p in problems))
+        self.problems = problems
+
+
+def _problems(config: RunConfig) -> Iterator[Problem]:
+    student, teacher, rollout, loss = config.student, config.teacher, config.rollout, config.loss
+    if teacher.model is None and teacher.system_prompt is None and teacher.base_url is None:
+        yield Problem(
+            ("teacher.model", "teacher.system_prompt", "teacher.base_url"),
+            "not given, so the teacher would be the student itself and teach nothing; name a model, or give "
+            "teacher.system_prompt",
+        )
+    if loss.type == "topk" and teacher.top_k < 1:
+        yield Problem(
+            ("teacher.top_k", "loss.type"),
+            f'is {teacher.top_k}, but loss.type "topk" needs the teacher\'s candidates; try 20',
+        )
+    if loss.type == "full" and teacher.base_url is not None:
+        yield Problem(
+            ("loss.type", "teacher.base_url"),
+            '"full" needs the whole distribution of a teacher in this process, but teacher.base_url names a server; '
+            'take "topk", or drop teacher.base_url',
+        )
+    if loss.adv_tau > 0 and config.skip_verification:
+        yield Problem(
+            ("loss.adv_tau", "skip_verification"),
+            f"is {loss.adv_tau}, but skip_verification is true: there is no reward to take an advantage from; "
+            "set skip_verification = false, or loss.adv_tau = 0",
+        )
+    if loss.adv_tau == 0 and loss.teacher_tau == 0:
+        yield Problem(("loss.teacher_tau", "loss.adv_tau"), "and loss.adv_tau are both 0: nothing would be learnt")
+    if student.max_context is not None:
+        limit = rollout.max_episode_tokens
+        if limit is not None and limit > student.max_context:
+            yield Problem(
+                ("rollout.max_episode_tokens", "student.max_context"),
+                f"is {limit}, more than student.max_context ({student.max_context}) holds",
+            )
+        if rollout.max_turn_tokens >= student.max_context:
+            yield Problem(
+                ("rollout.max_turn_tokens", "student.max_context"),
+                f"is {rollout.max_turn_tokens}: with student.max_context {student.max_context} no room is left for a "
+                "prompt",
+            )
+    if rollout.max_episode_tokens is not None and rollout.max_turn_tokens > rollout.max_episode_tokens:
+        yield Problem(
+            ("rollout.max_turn_tokens", "rollout.max_episode_tokens"),
+            f"is {rollout.max_turn_tokens}, more than rollout.max_episode_tokens ({rollout.max_episode_tokens})",
+        )
+    if config.optim.warmup_steps > config.steps:
+        yield Problem(
+            ("optim.warmup_steps", "steps"),
+            f"is {config.optim.warmup_steps}, more than the run has steps ({config.steps})",
+        )
+    for name, base_url, key in (
+        ("student", student.base_url, student.api_key_env),
+        ("teacher", teacher.base_url, teacher.api_key_env),
+    ):
+        if key is not None and base_url is None:
+            yield Problem(
+                (f"{name}.api_key_env", f"{name}.base_url"),
+                f"names a key, but there is no {name}.base_url to send it to",
+            )
+    for key, text in _strings(config.model_dump(), ""):
+        if looks_secret(text):
+            yield Problem(
+                (key,),
+                "looks like a key or a token; put it into an environment variable and name that in api_key_env",
+            )
+
+
+def _notes(config: RunConfig) -> Iterator[str]:
+    rollout = config.rollout
+    if rollout.temperature != 1:
+        yield (
+            f"rollout.temperature is {rollout.temperature}: episodes are not sampled from the policy that is trained; "
+            "the importance ratio corrects it only up to loss.rho"
+        )
+    if rollout.top_p != 1 or rollout.top_k:
+        yield "rollout.top_p/top_k cut the distribution: the loss never sees the tokens that they leave out"
+    if config.loss.type != "topk" and config.teacher.top_k:
+        yield f'teacher.top_k is {config.teacher.top_k}, but loss.type "{config.loss.type}" does not use the candidates'
+    if config.loss.adv_tau > 0 and rollout.group_size == 1:
+        yield "loss.adv_tau is above 0 with rollout.group_size 1: an advantage within a group of one is always 0"
+    if config.teacher.model == config.student.model and config.teacher.system_prompt is None:
+        yield "teacher.model is the student's own and has no system_prompt: the KL is 0 and nothing is learnt"
+    for name, url in (("student", config.student.base_url), ("teacher", config.teacher.base_url)):
+        if url is not None and not url.endswith("/v1"):
+            yield f"{name}.base_url does not end in /v1, as vLLM's address does"
+
+
+def _strings(value: Any, key: str) -> Iterator[tuple[str, str]]:
+    """Every string in a tree, with its dotted key."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield from _strings(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _strings(item, key)
+
+
+if __name__ == "__main__":
+    from distill.config_load import main
+
+    raise SystemExit(main())
