@@ -246,8 +246,8 @@ class OptimConfig(Section):
 class CheckpointConfig(Section):
     """When the run saves what it needs to go on."""
 
-    every: Annotated[int, Field(ge=0)] = 10
-    """Steps between checkpoints. 0: only after the last step. One is always written after the last step."""
+    every: Annotated[int, Field(ge=1)] = 10
+    """Steps between checkpoints. One is always written after the last step."""
     keep_last: Annotated[int, Field(ge=1)] = 2
     """Checkpoints kept; older ones are deleted once a newer one is complete."""
 
@@ -265,17 +265,23 @@ class EvalConfig(Section):
     """Evaluate before the first step."""
     at_end: bool = False
     """Evaluate after the last step."""
+    teacher: bool = False
+    """Evaluate the teacher too, once, with the evaluation before the first step."""
 
 
 class CheckConfig(Section):
     """The pre-flight check that runs before training (`python -m distill.check`)."""
 
     skip: Annotated[tuple[Text, ...], Strict(False)] = ()
-    """Names of findings that do not stop the run. They are still reported."""
+    """Names of checks that are not made (`mismatch`, `vocabulary` ...). That they were skipped is reported."""
     max_mismatch_kl: Annotated[float, Field(gt=0, le=100)] = 0.05
     """Mean KL a token, in nats, between what the sampler and the trainer say of the same tokens."""
-    max_self_kl: Annotated[float, Field(gt=0, le=100)] = 0.05
-    """Mean KL a token, in nats, of the student scored through the teacher's path by a model equal to it."""
+    max_self_difference: Annotated[float, Field(gt=0, le=100)] = 0.5
+    """Largest difference of one log-probability, in nats, between two scorings of the same tokens by one server.
+    float32 stays below 1e-3; bfloat16 kernels differ by up to 0.5 on single tokens."""
+    max_canary_difference: Annotated[float, Field(gt=0, le=100)] = 0.5
+    """Largest difference of one log-probability, in nats, between trainer and server on a fixed sequence after new
+    weights were published."""
 
 
 class RunConfig(Section):
