@@ -23,7 +23,7 @@ from distill.student import Student
 from distill.teacher import HttpTeacher
 from envs.dataset import read_tasks
 from envs.tool_env import ToolEnv
-from envs.types import Limits, Task
+from envs.types import Task
 from tools.types import ToolSpec
 
 
@@ -76,13 +76,8 @@ class Parts:
         await self.teacher_endpoint.aclose()
 
 
-def limits(config: RunConfig) -> Limits:
-    """The budgets of one episode, as the environment takes them."""
-    return Limits(**{name: getattr(config.rollout, name) for name in Limits.__dataclass_fields__})
-
-
 def make_env(config: RunConfig, *, verify: bool) -> ToolEnv:
-    return envs.make(config.env, limits=limits(config), skip_verification=not verify, **config.env_args)
+    return envs.make(config.env, limits=config.rollout.limits(), skip_verification=not verify, **config.env_args)
 
 
 def load_tasks(config: RunConfig) -> tuple[list[Task], list[Task]]:

@@ -265,6 +265,8 @@ class EvalConfig(Section):
     """Evaluate before the first step."""
     at_end: bool = False
     """Evaluate after the last step."""
+    teacher: bool = True
+    """Evaluate the teacher too, once, where the first evaluation is at the start and the teacher can sample."""
     teacher: bool = False
     """Evaluate the teacher too, once, with the evaluation before the first step."""
 
@@ -282,6 +284,11 @@ class CheckConfig(Section):
     max_canary_difference: Annotated[float, Field(gt=0, le=100)] = 0.5
     """Largest difference of one log-probability, in nats, between trainer and server on a fixed sequence after new
     weights were published."""
+
+
+    max_canary_difference: Annotated[float, Field(gt=0, le=100)] = 0.5
+    """Largest difference, in nats, between server and trainer on one token of the canary after an update. Two bfloat16
+    implementations differ by up to 0.5 (docs/serving.md); two in float32 by less than 0.001."""
 
 
 class RunConfig(Section):

@@ -7,7 +7,6 @@ import itertools
 import envs
 from distill.config import RunConfig
 from envs.dataset import iter_tasks
-from envs.types import Limits
 
 
 def plan(config: RunConfig) -> str:
@@ -17,7 +16,7 @@ def plan(config: RunConfig) -> str:
         RegistryError: an environment that is not there.
         TaskError: a row that is not a task.
     """
-    limits = Limits(**{name: getattr(config.rollout, name) for name in Limits.__dataclass_fields__})
+    limits = config.rollout.limits()
     env = envs.make(config.env, limits=limits, skip_verification=config.skip_verification, **config.env_args)
     for path in (config.tasks.train, config.tasks.eval):
         if path:
