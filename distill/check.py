@@ -293,13 +293,13 @@ async def student_sampling(parts: Parts, probe: list[Probe]) -> list[Finding]:
 async def self_score(parts: Parts, probe: Probe) -> list[Finding]:
     """Does the student, asked as a teacher, agree with itself? KL of a model to itself must be about 0."""
     scored = await score(parts.student_endpoint, probe)
-    kl = abs(sum(a - b for a, b in zip(probe.sampled, scored, strict=True)) / len(scored))
-    level: Literal["ok", "error"] = "ok" if kl <= parts.config.check.max_self_kl else "error"
+    worst = max(abs(a - b) for a, b in zip(probe.sampled, scored, strict=True))
+    level: Literal["ok", "error"] = "ok" if worst <= parts.config.check.max_self_difference else "error"
     return [
         Finding(
             name="self_score",
             level=level,
-            message=f"sampled and scored log-probabilities of the same tokens differ by {kl:.2g} nats a token",
+            message=f"sampled and scored log-probabilities of the same tokens differ by at most {worst:.2g} nats",
             remedy=""
             if level == "ok"
             else "serve with --logprobs-mode processed_logprobs and temperature 1, and the same weights on every replica",
@@ -351,13 +351,13 @@ async def teacher_scores(parts: Parts, probe: Probe) -> list[Finding]:
         ]
     findings = []
     spread = max(max(values) - min(values) for values in zip(*runs, strict=True))
-    if spread > parts.config.check.max_self_kl:
+    if spread > parts.config.check.max_self_difference:
         findings.append(
             Finding(
                 name=name,
                 level="error",
                 message=f"the same tokens scored three times differ by up to {spread:.2g} nats",
-                remedy="replicas with other kernels or quantisation behind one address? Name one server, or raise check.max_self_kl",
+                remedy="replicas with other kernels or quantisation behind one address? Name one server, or raise check.max_self_difference",
             )
         )
     kl = sum(s - t for s, t in zip(probe.sampled, runs[0], strict=True)) / len(probe.sampled)

@@ -286,11 +286,6 @@ class CheckConfig(Section):
     weights were published."""
 
 
-    max_canary_difference: Annotated[float, Field(gt=0, le=100)] = 0.5
-    """Largest difference, in nats, between server and trainer on one token of the canary after an update. Two bfloat16
-    implementations differ by up to 0.5 (docs/serving.md); two in float32 by less than 0.001."""
-
-
 class RunConfig(Section):
     """All settings of a run."""
 
