@@ -1,0 +1,1 @@
+"""Measured figures; each module prints a table and one JSON line last. See bench/README.md."""
