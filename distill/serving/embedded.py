@@ -1,0 +1,436 @@
+"""The embedded engine: a `transformers` model behind the part of vLLM's HTTP interface that the gym uses.
+
+    engine = EmbeddedEngine.from_pretrained("path/to/model")
+    reply = await post(engine.app, "/v1/completions", {"prompt": [1, 2, 3], "max_tokens": 8, ...})  # in process
+    python -m distill.serving.embedded --model path/to/model --port 8001                            # served
+
+It is the engine where no vLLM is there: a laptop, a test, a first run. `app` is an ASGI application; called in
+process it needs no port. Log-probabilities are `processed_logprobs`: those of the distribution that a token was drawn
+from. `docs/serving.md` lists what it has and has not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import hmac
+import json
+import os
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distill.serving.wire import (
+    CompletionRequest,
+    CompletionResult,
+    Limits,
+    WireError,
+    completion_body,
+    parse_completion,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from distill.serving.worker import Job
+
+VERSION = "distill-gym-embedded/0.1"
+MAX_BODY_BYTES = 64 << 20
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Mapping[str, Any], Receive, Send], Awaitable[None]]
+
+
+class EmbeddedEngine:
+    """One model, one thread that runs it, one ASGI application.
+
+    Args:
+        model: any `transformers` causal language model whose layers keep keys and values. The engine takes it over:
+            it is set to `eval`, loses its gradients and is overwritten by `load_weights`.
+        tokenizer: for prompts given as text, and text in replies; ids in and out need none.
+        name: what `model` of a request must say.
+        max_model_len: longest prompt and completion together, in tokens; default: the model's own limit, or as many
+            as the cache holds.
+        max_batch: sequences that run at once; more wait.
+        max_logprobs: largest `logprobs` and `prompt_logprobs`.
+        kv_cache_gib: upper bound of the cache; it grows to it as needed.
+        api_key: asked for on `/v1/` as a bearer token if given.
+
+    Raises:
+        ValueError: the model cannot be served (`distill.serving.slots.CausalLM`), or one sequence of `max_model_len`
+            does not fit the cache.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        *,
+        name: str,
+        max_model_len: int | None = None,
+        max_batch: int = 256,
+        max_logprobs: int = 20,
+        kv_cache_gib: float = 4.0,
+        api_key: str | None = None,
+    ) -> None:
+        from distill.serving.slots import CausalLM
+        from distill.serving.worker import Worker
+
+        lm = CausalLM(model)
+        self.name = name
+        self.tokenizer = tokenizer
+        fits = int(kv_cache_gib * 2**30 / lm.cache.bytes_per_token)
+        if max_model_len is not None and max_model_len > fits:
+            raise ValueError(
+                f"a sequence of max_model_len={max_model_len} tokens needs "
+                f"{max_model_len * lm.cache.bytes_per_token / 2**30:.1f} GiB of cache, kv_cache_gib is {kv_cache_gib:g}"
+            )
+        own_limit = getattr(lm.config, "max_position_embeddings", None) or fits
+        eos = _eos_token_ids(model, tokenizer)
+        self.limits = Limits(
+            vocab_size=lm.vocab_size,
+            max_model_len=max_model_len or min(own_limit, fits),
+            max_logprobs=min(max_logprobs, lm.vocab_size),
+            eos_token_ids=eos,
+        )
+        self._api_key = api_key
+        self._decode = None if tokenizer is None else _decoder(tokenizer)
+        self._model = model
+        self._worker = Worker(lm, max_batch=max_batch, max_kv_tokens=fits, eos_token_id=eos[0] if eos else None)
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, *, name: str | None = None, dtype: str = "float32", device: str = "cpu", **options: Any
+    ) -> EmbeddedEngine:
+        """Load a model folder in the Hugging Face format, with its tokenizer if there is one.
+
+        Args:
+            dtype: `float32`, `bfloat16`, `float16`, or `auto` for what the weights are stored in.
+            options: of the constructor.
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)
+        folder = Path(path)
+        has_tokenizer = not folder.is_dir() or any(folder.glob("tokenizer*"))
+        tokenizer = AutoTokenizer.from_pretrained(path) if has_tokenizer else None
+        return cls(model, tokenizer, name=name or str(path), **options)
+
+    @property
+    def weight_version(self) -> int:
+        """Of the weights that answer from now on; 0 is what the engine was made with."""
+        return self._worker.weight_version
+
+    def start(self) -> None:
+        """Start the thread; the first request does it otherwise."""
+        self._worker.start()
+
+    async def aclose(self) -> None:
+        """Stop the thread; requests in flight fail with 503."""
+        await asyncio.to_thread(self._worker.stop)
+
+    async def load_weights(self, weights: Mapping[str, torch.Tensor] | str | Path, version: int) -> None:
+        """Replace all weights between two batches: what runs is finished with the old ones, what waits gets the new
+        ones, and the cache is dropped.
+
+        Args:
+            weights: by parameter name, or a folder of `*.safetensors`. All of the model's parameters; a tied
+                `lm_head` may be left out.
+            version: what `weight_version` says from then on.
+
+        Raises:
+            ValueError: a name, a shape or a value is wrong; nothing was changed.
+        """
+        loop = asyncio.get_running_loop()
+        loaded: asyncio.Future[None] = loop.create_future()
+
+        def load() -> None:
+            copy_weights(self._model, weights)
+            self._worker.forget()
+            self._worker.weight_version = version
+
+        def resolve(error: BaseException | None) -> None:
+            if not loaded.done():
+                loaded.set_exception(error) if error is not None else loaded.set_result(None)
+
+        self.start()
+        self._worker.run_exclusive(load, lambda error: loop.call_soon_threadsafe(resolve, error))
+        await loaded
+
+    async def complete(self, requests: Sequence[CompletionRequest]) -> list[CompletionResult]:
+        """Run requests to their end. Cancelling this frees their slots.
+
+        Raises:
+            WireError: 500 or 503.
+        """
+        from distill.serving.worker import Job
+
+        self.start()
+        batch = _Batch(asyncio.get_running_loop(), len(requests))
+        jobs = [Job(request, _deliver_to(batch.loop), batch) for request in requests]
+        self._worker.submit(jobs)
+        try:
+            await batch.future
+        finally:
+            if not batch.future.done() or batch.future.cancelled():
+                for job in jobs:
+                    job.cancelled = True
+        return [job.result for job in jobs]
+
+    async def app(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
+        """The ASGI application."""
+        if scope["type"] == "lifespan":
+            await self._lifespan(receive, send)
+            return
+        if scope["type"] != "http":
+            raise ValueError(f"the embedded engine speaks HTTP, not {scope['type']}")
+        try:
+            status, body = 200, await self._answer(scope, receive)
+        except WireError as error:
+            status, body = error.status, error.body()
+        except _ClientGoneError:
+            return
+        try:
+            content = json.dumps(body, allow_nan=False).encode() if body is not None else b""
+        except ValueError:
+            error = WireError("a number of the reply is not finite", 500, "InternalServerError")
+            status, content = error.status, json.dumps(error.body()).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": content})
+
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        while True:
+            event = (await receive())["type"]
+            if event == "lifespan.startup":
+                self.start()
+            else:
+                await self.aclose()
+            await send({"type": f"{event}.complete"})
+            if event == "lifespan.shutdown":
+                return
+
+    async def _answer(self, scope: Mapping[str, Any], receive: Receive) -> dict[str, Any] | None:
+        route = (scope["method"], scope["path"])
+        if scope["path"].startswith("/v1/"):
+            self._authorise(scope)
+        if route == ("POST", "/v1/completions"):
+            return await self._completions(scope, receive)
+        if route == ("GET", "/v1/models"):
+            card = {"id": self.name, "object": "model", "owned_by": "distill-gym", "root": self.name, "parent": None}
+            return {"object": "list", "data": [{**card, "max_model_len": self.limits.max_model_len}]}
+        if route == ("GET", "/health"):
+            self.start()
+            if not self._worker.alive:
+                raise WireError("the engine's thread is not running", 503, "ServiceUnavailableError")
+            return None
+        if route == ("GET", "/version"):
+            return {"version": VERSION}
+        if route == ("GET", "/weight_info"):
+            return {"weight_version": self.weight_version}
+        known = {"/v1/completions", "/v1/models", "/health", "/version", "/weight_info"}
+        if scope["path"] in known:
+            raise WireError("Method Not Allowed", 405, "MethodNotAllowedError")
+        raise WireError(f"Not Found: the embedded engine has {', '.join(sorted(known))}", 404, "NotFoundError")
+
+    def _authorise(self, scope: Mapping[str, Any]) -> None:
+        if self._api_key is None:
+            return
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        if not hmac.compare_digest(given, f"Bearer {self._api_key}".encode()):
+            raise WireError("Unauthorized", 401, "AuthenticationError")
+
+    async def _completions(self, scope: Mapping[str, Any], receive: Receive) -> dict[str, Any]:
+        try:
+            payload = json.loads(await _read_body(receive))
+        except ValueError as error:
+            raise WireError(f"the body is not JSON: {error}") from None
+        if isinstance(payload, dict) and payload.get("model") not in (None, self.name):
+            raise WireError(f"The model `{payload['model']}` does not exist.", 404, "NotFoundError")
+        encode = None if self.tokenizer is None else self.tokenizer.encode
+        requests = parse_completion(payload, self.limits, encode)
+        if scope.get("client") is None:
+            # In process: a caller that no longer wants the answer cancels this coroutine.
+            results = await self.complete(requests)
+        else:
+            results = await _unless_gone(self.complete(requests), receive)
+        pairs = list(zip(requests, results, strict=True))
+        return completion_body(pairs, payload=payload, model=self.name, decode=self._decode)
+
+
+class _ClientGoneError(Exception):
+    pass
+
+
+class _Batch:
+    """The jobs of one HTTP request."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, size: int) -> None:
+        self.loop = loop
+        self.future: asyncio.Future[None] = loop.create_future()
+        self.left = size
+
+    def finish(self, error: WireError | None) -> None:
+        self.left -= 1
+        if self.future.done():
+            return
+        if error is not None:
+            self.future.set_exception(error)
+        elif not self.left:
+            self.future.set_result(None)
+
+
+@lru_cache(maxsize=8)
+def _deliver_to(loop: asyncio.AbstractEventLoop) -> Callable[[Sequence[Job]], None]:
+    """One wake-up of the loop for all jobs of a round."""
+
+    def resolve(jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            job.owner.finish(job.error)
+
+    def deliver(jobs: Sequence[Job]) -> None:
+        try:
+            loop.call_soon_threadsafe(resolve, jobs)
+        except RuntimeError:  # the loop is closed: nobody is waiting
+            return
+
+    return deliver
+
+
+async def _unless_gone(work: Awaitable[Any], receive: Receive) -> Any:
+    """Await `work`, and cancel it if the client disconnects first."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise _ClientGoneError
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _read_body(receive: Receive) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise _ClientGoneError
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > MAX_BODY_BYTES:
+            raise WireError(f"the body is larger than {MAX_BODY_BYTES} bytes", 413)
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+def _decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[int]], str]:
+    @lru_cache(maxsize=1 << 18)
+    def one(token_id: int) -> str:
+        return str(tokenizer.decode([token_id]))
+
+    def decode(ids: Sequence[int]) -> str:
+        return one(ids[0]) if len(ids) == 1 else str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    return decode
+
+
+def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
+    """The tokenizer's eos first, then those of `generation_config`, as vLLM collects them."""
+    found: list[int] = []
+    if tokenizer is not None and tokenizer.eos_token_id is not None:
+        found.append(tokenizer.eos_token_id)
+    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
+    if configured is None:
+        configured = model.config.get_text_config().eos_token_id
+    if configured is not None:
+        found.extend([configured] if isinstance(configured, int) else configured)
+    return tuple(dict.fromkeys(found))
+
+
+def copy_weights(model: PreTrainedModel, weights: Mapping[str, torch.Tensor] | str | Path) -> None:
+    """Overwrite a model's parameters, all or none.
+
+    Raises:
+        ValueError: naming the parameter that is missing, unknown, misshapen or not finite.
+    """
+    if isinstance(weights, (str, Path)):
+        from safetensors.torch import load_file
+
+        files = sorted(Path(weights).glob("*.safetensors"))
+        if not files:
+            raise ValueError(f"{weights}: no *.safetensors in it")
+        weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    # Tied parameters appear under one name only.
+    needed = dict(model.named_parameters())
+    known = model.state_dict(keep_vars=True)
+    if missing := sorted(needed.keys() - weights.keys()):
+        raise ValueError(f"weights: {missing[0]!r} is missing, and {len(missing) - 1} more")
+    if unknown := sorted(weights.keys() - known.keys()):
+        raise ValueError(f"weights: the model has no parameter {unknown[0]!r} ({len(unknown)} unknown names)")
+    for name, tensor in weights.items():
+        if tensor.shape != known[name].shape:
+            raise ValueError(f"weights: {name!r} has shape {list(tensor.shape)}, not {list(known[name].shape)}")
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"weights: {name!r} holds values that are not finite")
+        tied = next((n for n, p in needed.items() if p is known[name] and n != name), None)
+        if tied is not None and not bool((tensor == weights[tied]).all()):
+            raise ValueError(f"weights: {name!r} and {tied!r} are tied in this model, but differ")
+    for name, tensor in weights.items():
+        known[name].data.copy_(tensor)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m distill.serving.embedded",
+        description="Serve a transformers model over the part of vLLM's HTTP interface that the gym uses.",
+    )
+    parser.add_argument("--model", required=True, metavar="DIR", help="model folder in the Hugging Face format")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--host", default="127.0.0.1", help="a loopback address; it is not meant for a network")
+    parser.add_argument("--served-model-name", default=None, metavar="NAME", help="default: what --model says")
+    parser.add_argument("--dtype", default="float32", choices=["auto", "float32", "bfloat16", "float16"])
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps")
+    parser.add_argument("--max-model-len", type=int, default=None, metavar="N")
+    parser.add_argument("--max-batch", type=int, default=256, metavar="N", help="sequences that run at once")
+    parser.add_argument("--max-logprobs", type=int, default=20, metavar="N")
+    parser.add_argument("--kv-cache-gib", type=float, default=4.0, metavar="GIB")
+    parser.add_argument("--api-key-env", default=None, metavar="VAR", help="environment variable that holds the key")
+    args = parser.parse_args(argv)
+    if args.host not in ("127.0.0.1", "::1", "localhost"):
+        parser.error(
+            f"--host {args.host}: the embedded engine serves loopback only (127.0.0.1, ::1); use vLLM elsewhere"
+        )
+    api_key = None
+    if args.api_key_env is not None and not (api_key := os.environ.get(args.api_key_env)):
+        parser.error(f"--api-key-env {args.api_key_env}: that environment variable is not set, or empty")
+
+    import uvicorn
+
+    engine = EmbeddedEngine.from_pretrained(
+        args.model,
+        name=args.served_model_name,
+        dtype=args.dtype,
+        device=args.device,
+        max_model_len=args.max_model_len,
+        max_batch=args.max_batch,
+        max_logprobs=args.max_logprobs,
+        kv_cache_gib=args.kv_cache_gib,
+        api_key=api_key,
+    )
+    uvicorn.run(engine.app, host=args.host, port=args.port, log_level="info", access_log=False)
+
+
+if __name__ == "__main__":
+    main()

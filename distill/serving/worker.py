@@ -1,0 +1,485 @@
+"""The one thread that runs the embedded engine's model: continuous batching, prefix reuse, scoring.
+
+Every round of its loop starts the requests that fit, advances all running ones by a token and scores one batch of
+prompts. Nothing else touches the model or the cache.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distill.serving.sampling import draw, processed_logprobs
+from distill.serving.slots import CausalLM
+from distill.serving.wire import CompletionRequest, CompletionResult, TokenLogprobs, WireError
+
+log = logging.getLogger(__name__)
+
+SHARE_BLOCK = 64
+"""A prompt that shares this many further tokens with one about to be prefilled waits for it, and copies."""
+PREFILL_TOKENS = 4096
+"""Of one forward, padding included."""
+HEAD_BYTES = 64 << 20
+"""Of the logits of one chunk in scoring."""
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A request on its way through the worker."""
+
+    request: CompletionRequest
+    done: Callable[[Sequence[Job]], None]
+    """Called once in the worker's thread, with all jobs of a round that share it."""
+    owner: Any = None
+    """Whatever `done` needs."""
+    result: CompletionResult = field(default_factory=CompletionResult)
+    error: WireError | None = None
+    cancelled: bool = False
+    """Set by the client's side; the worker drops the job at the next round."""
+    prompt: np.ndarray = field(init=False)
+    """[N] int32"""
+    rng: random.Random = field(init=False)
+    slot: int = -1
+    num_computed: int = 0
+    """Tokens whose keys and values are in the slot."""
+
+    def __post_init__(self) -> None:
+        self.prompt = np.asarray(self.request.prompt_ids, dtype=np.int32)
+        self.rng = random.Random(self.request.seed)
+
+    @property
+    def reserved(self) -> int:
+        """Cache positions that it may come to need."""
+        return len(self.prompt) + self.request.max_tokens
+
+
+class Worker:
+    """Runs `Job`s on a model; see the module.
+
+    Args:
+        max_batch: sequences that run at once.
+        max_kv_tokens: slots times tokens of the cache.
+    """
+
+    def __init__(self, lm: CausalLM, *, max_batch: int, max_kv_tokens: int, eos_token_id: int | None) -> None:
+        self.lm = lm
+        self.weight_version = 0
+        self._max_batch = max_batch
+        self._max_kv_tokens = max_kv_tokens
+        self._eos_token_id = eos_token_id
+        self._wake = threading.Condition()
+        self._incoming: deque[Job] = deque()
+        self._exclusive: deque[tuple[Callable[[], None], Callable[[BaseException | None], None]]] = deque()
+        self._stopping = False
+        self._unfinished: set[Job] = set()
+        self._waiting: deque[Job] = deque()
+        self._to_score: list[Job] = []
+        self._running: list[Job] = []
+        self._finished: list[Job] = []
+        # What each slot holds: the first `_lengths[s]` of `_ids[s]` are in the cache.
+        self._ids = np.zeros((lm.cache.num_slots, lm.cache.num_tokens), dtype=np.int32)
+        self._lengths = np.zeros(lm.cache.num_slots, dtype=np.int64)
+        self._last_used = np.zeros(lm.cache.num_slots, dtype=np.int64)
+        self._most_busy = 0
+        self._round = 0
+        self._thread = threading.Thread(target=self._run, name="embedded-engine", daemon=True)
+
+    # Called from other threads.
+
+    def start(self) -> None:
+        if self._thread.ident is None:
+            self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """
+        Raises:
+            WireError: 503 after `stop`.
+        """
+        with self._wake:
+            if self._stopping:
+                raise WireError("the engine is shut down", 503, "ServiceUnavailableError")
+            self._incoming.extend(jobs)
+            self._wake.notify()
+
+    def run_exclusive(self, action: Callable[[], None], done: Callable[[BaseException | None], None]) -> None:
+        """Run `action` in the worker's thread when no sequence is running; those that wait, wait for it. `done`
+        gets what it raised."""
+        with self._wake:
+            if self._stopping:
+                raise WireError("the engine is shut down", 503, "ServiceUnavailableError")
+            self._exclusive.append((action, done))
+            self._wake.notify()
+
+    def stop(self) -> None:
+        """End the thread after its present round; what is unfinished fails with 503."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    # The thread.
+
+    @torch.inference_mode()
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                while not (
+                    self._stopping
+                    or self._incoming
+                    or self._exclusive
+                    or self._waiting
+                    or self._running
+                    or self._to_score
+                ):
+                    self._wake.wait()
+                incoming = list(self._incoming)
+                self._incoming.clear()
+            self._unfinished.update(incoming)
+            for job in incoming:
+                (self._waiting if job.request.prompt_logprobs is None else self._to_score).append(job)
+            if self._stopping:
+                self._fail_all(WireError("the engine is shut down", 503, "ServiceUnavailableError"))
+                return
+            try:
+                self._drop_cancelled()
+                self._do_round()
+            except Exception as error:
+                log.exception("the embedded engine failed; its requests get status 500")
+                self._fail_all(
+                    WireError(f"the engine failed: {type(error).__name__}: {error}", 500, "InternalServerError")
+                )
+                self.forget()
+            self._deliver()
+
+    def _do_round(self) -> None:
+        self._round += 1
+        if self._exclusive and not self._running:
+            action, done = self._exclusive.popleft()
+            try:
+                action()
+            except Exception as error:
+                done(error)
+            else:
+                done(None)
+        elif not self._exclusive:
+            self._admit()
+        if self._running:
+            self._decode()
+        if self._to_score and not self._exclusive:
+            self._score()
+
+    def forget(self) -> None:
+        """Drop all cached prefixes; only with nothing running."""
+        self._lengths[:] = 0
+        self.lm.cache.clear()
+
+    def _fail_all(self, error: WireError) -> None:
+        for job in self._unfinished.difference(self._finished):
+            job.error = error
+            job.slot = -1
+            self._finished.append(job)
+        self._running.clear()
+        self._waiting.clear()
+        self._to_score.clear()
+        if error.status == 503:
+            while self._exclusive:
+                self._exclusive.popleft()[1](error)
+            self._deliver()
+
+    def _deliver(self) -> None:
+        by_receiver: dict[Callable[[Sequence[Job]], None], list[Job]] = {}
+        self._unfinished.difference_update(self._finished)
+        for job in self._finished:
+            by_receiver.setdefault(job.done, []).append(job)
+        self._finished.clear()
+        for done, jobs in by_receiver.items():
+            done(jobs)
+
+    def _drop_cancelled(self) -> None:
+        cancelled = {job for job in self._unfinished if job.cancelled}
+        if cancelled:
+            for job in cancelled:
+                self._release(job)
+            self._unfinished -= cancelled
+            self._running = [job for job in self._running if job not in cancelled]
+            self._waiting = deque(job for job in self._waiting if job not in cancelled)
+            self._to_score = [job for job in self._to_score if job not in cancelled]
+
+    # Generation.
+
+    def _admit(self) -> None:
+        """Give waiting requests a slot, in order, and prefill them."""
+        started: list[Job] = []
+        beginnings: set[bytes] = set()
+        postponed: list[Job] = []
+        while self._waiting and len(self._running) + len(started) < self._max_batch:
+            job = self._waiting.popleft()
+            busy = [j.slot for j in (*self._running, *started)]
+            if not self._make_room(job, [*self._running, *started], busy):
+                self._waiting.appendleft(job)
+                break
+            source, shared = self._longest_prefix(job)
+            beginning = job.prompt[: shared + SHARE_BLOCK].tobytes()
+            if len(job.prompt) > shared + SHARE_BLOCK:
+                if beginning in beginnings:
+                    postponed.append(job)
+                    continue
+                beginnings.add(beginning)
+            self._place(job, source, shared, busy)
+            started.append(job)
+        self._waiting.extendleft(reversed(postponed))
+        # Similar lengths together: columns of a batch are as many as its longest row has tokens to feed.
+        started.sort(key=lambda j: len(j.prompt) - j.num_computed)
+        while started:
+            width = len(started[-1].prompt) - started[-1].num_computed
+            count = max(1, PREFILL_TOKENS // width)
+            self._prefill(started[-count:])
+            del started[-count:]
+
+    def _make_room(self, job: Job, current: Sequence[Job], busy: Sequence[int]) -> bool:
+        """Whether the cache has a slot for the job, after growing it if that is allowed."""
+        cache = self.lm.cache
+        tight = -(-max(j.reserved for j in (job, *current)) // 64) * 64
+        num_tokens = cache.num_tokens
+        if job.reserved > num_tokens:
+            num_tokens = max(tight, int(1.25 * num_tokens))
+        self._most_busy = max(self._most_busy, len(busy) + 1)
+        limit = min(self._max_batch, self._max_kv_tokens // num_tokens)
+        if limit <= len(busy):
+            num_tokens = min(tight, self._max_kv_tokens)
+            limit = min(self._max_batch, self._max_kv_tokens // num_tokens)
+            if limit <= len(busy):
+                return False
+        num_slots = min(cache.num_slots, limit)
+        # Twice what ever ran at once: episodes whose tools are at work keep their prefix.
+        wanted = min(limit, max(8, 2 * self._most_busy))
+        if len(busy) >= num_slots or (num_slots < wanted and self._lengths.all()):
+            num_slots = max(wanted, min(limit, 2 * num_slots))
+        if (num_slots, num_tokens) != (cache.num_slots, cache.num_tokens):
+            self._resize(num_slots, num_tokens, current, busy)
+        return True
+
+    def _resize(self, num_slots: int, num_tokens: int, current: Sequence[Job], busy: Sequence[int]) -> None:
+        idle = sorted(set(range(len(self._lengths))) - set(busy), key=lambda s: -int(self._last_used[s]))
+        keep = [*busy, *idle][:num_slots] if len(self._lengths) else []
+        keep = [s for s in keep if s in set(busy) or self._lengths[s]]
+        self.lm.cache.resize(num_slots, num_tokens, keep)
+        ids = np.zeros((num_slots, num_tokens), dtype=np.int32)
+        lengths = np.zeros(num_slots, dtype=np.int64)
+        last_used = np.zeros(num_slots, dtype=np.int64)
+        span = min(num_tokens, self._ids.shape[1])
+        ids[: len(keep), :span] = self._ids[keep, :span]
+        lengths[: len(keep)] = np.minimum(self._lengths[keep], span)
+        last_used[: len(keep)] = self._last_used[keep]
+        self._ids, self._lengths, self._last_used = ids, lengths, last_used
+        for slot, job in enumerate(current):
+            job.slot = slot
+
+    def _longest_prefix(self, job: Job) -> tuple[int, int]:
+        """The slot that shares the most with the prompt, and how much. The last token is always computed: its
+        logits are needed."""
+        most = min(len(job.prompt) - 1, self._ids.shape[1])
+        candidates = np.flatnonzero((self._lengths > 0) & (self._ids[:, 0] == job.prompt[0])) if most > 0 else ()
+        if not len(candidates):
+            return -1, 0
+        differs = self._ids[candidates, :most] != job.prompt[:most]
+        shared = np.where(differs.any(1), differs.argmax(1), most)
+        shared = np.minimum(shared, self._lengths[candidates])
+        best = int(shared.argmax())
+        return int(candidates[best]), int(shared[best])
+
+    def _place(self, job: Job, source: int, shared: int, busy: Sequence[int]) -> None:
+        """Take the slot over if the prompt continues all that it holds; otherwise leave it to whoever comes back
+        to it, and copy the common part to the least recently used one."""
+        if shared and source not in busy and shared >= self._lengths[source] - 1:
+            job.slot = source
+        else:
+            idle = np.ones(len(self._lengths), dtype=bool)
+            idle[list(busy)] = False
+            order = np.where(self._lengths > 0, self._last_used, -1)
+            job.slot = int(np.where(idle, order, np.iinfo(np.int64).max).argmin())
+            if shared and job.slot != source:
+                self.lm.cache.copy_prefix(source, job.slot, shared)
+        # Until it is prefilled, others must not find in it more than what is there.
+        self._ids[job.slot, : len(job.prompt)] = job.prompt
+        self._lengths[job.slot] = shared
+        self._last_used[job.slot] = self._round
+        job.num_computed = job.result.num_cached_tokens = shared
+        job.result.weight_version = self.weight_version
+
+    def _prefill(self, jobs: list[Job]) -> None:
+        """Feed what is new of the prompts, padded on the left so that the last column is every row's last token."""
+        width = max(len(j.prompt) - j.num_computed for j in jobs)
+        ids = np.zeros((len(jobs), width), dtype=np.int64)
+        positions = np.full((len(jobs), width), -1, dtype=np.int64)
+        for row, job in enumerate(jobs):
+            count = len(job.prompt) - job.num_computed
+            ids[row, width - count :] = job.prompt[job.num_computed :]
+            positions[row, width - count :] = np.arange(job.num_computed, len(job.prompt))
+        rows = self._tensor([j.slot for j in jobs])
+        ids_t, positions_t = self._tensor(ids), self._tensor(positions)
+        for start in range(0, width, PREFILL_TOKENS // 4):
+            part = slice(start, start + PREFILL_TOKENS // 4)
+            logits = self.lm.step(rows, ids_t[:, part], positions_t[:, part], positions_t[:, part] >= 0)
+        for job in jobs:
+            job.num_computed = len(job.prompt)
+            self._lengths[job.slot] = job.num_computed
+        self._running.extend(jobs)
+        self._sample(jobs, logits)
+
+    def _decode(self) -> None:
+        """One more token for every running sequence."""
+        jobs = sorted(self._running, key=lambda j: j.slot)
+        high = jobs[-1].slot + 1
+        # Reading the buffer in place is cheaper than gathering rows, unless most of what is read is idle.
+        leading = high <= 2 * len(jobs)
+        slots = [j.slot for j in jobs]
+        at = slots if leading else range(len(jobs))
+        ids = np.zeros(high if leading else len(jobs), dtype=np.int64)
+        positions = np.full(len(ids), -1, dtype=np.int64)
+        ids[at] = [j.result.token_ids[-1] for j in jobs]
+        positions[at] = [j.num_computed for j in jobs]
+        rows = torch.arange(high, device=self.lm.device) if leading else self._tensor(slots)
+        positions_t = self._tensor(positions)[:, None]
+        logits = self.lm.step(rows, self._tensor(ids)[:, None], positions_t, positions_t >= 0, leading=leading)
+        if leading and high != len(jobs):
+            logits = logits[self._tensor(slots)]
+        for job in jobs:
+            job.num_computed += 1
+        self._sample(jobs, logits)
+
+    def _sample(self, jobs: list[Job], logits: Tensor) -> None:
+        """Draw a token for every job from its row; retire those that are through."""
+        params = [j.request for j in jobs]
+        logprobs = processed_logprobs(logits, params)
+        drawn = draw(logprobs, params, [j.rng.getrandbits(32) / 2**32 for j in jobs])
+        of_drawn = logprobs.gather(1, drawn[:, None])[:, 0].tolist()
+        ended = 0
+        for row, (job, token_id, logprob) in enumerate(zip(jobs, drawn.tolist(), of_drawn, strict=True)):
+            request, result = job.request, job.result
+            if not logprob > float("-inf"):
+                job.error = not_finite()
+                ended += self._end(job)
+                continue
+            result.token_ids.append(token_id)
+            result.logprobs.append(logprob)
+            if request.logprobs:
+                result.candidates.append(_top(logprobs[row], token_id, logprob, request.logprobs))
+            if token_id in request.stop_token_ids:
+                result.finish_reason = "stop"
+                result.stop_reason = None if token_id == self._eos_token_id else token_id
+                ended += self._end(job)
+            elif len(result.token_ids) >= request.max_tokens:
+                ended += self._end(job)
+        if ended:
+            self._running = [j for j in self._running if j.slot >= 0]
+
+    def _end(self, job: Job) -> int:
+        self._release(job)
+        self._finished.append(job)
+        return 1
+
+    def _release(self, job: Job) -> None:
+        """Leave the slot to the next request, with what it holds."""
+        if job.slot < 0:
+            return
+        if job.error is not None:
+            self._lengths[job.slot] = 0
+        else:
+            sampled = job.num_computed - len(job.prompt)
+            self._ids[job.slot, len(job.prompt) : job.num_computed] = job.result.token_ids[:sampled]
+            self._lengths[job.slot] = job.num_computed
+        self._last_used[job.slot] = self._round
+        job.slot = -1
+
+    # Scoring.
+
+    def _score(self) -> None:
+        """Score the oldest prompt and those nearest to it in length; sample the one token that vLLM samples."""
+        oldest = len(self._to_score[0].prompt)
+        order = sorted(self._to_score, key=lambda j: abs(len(j.prompt) - oldest))
+        batch: list[Job] = []
+        width = 0
+        for job in order:
+            width = max(width, len(job.prompt))
+            if batch and width * (len(batch) + 1) > 2 * PREFILL_TOKENS:
+                break
+            batch.append(job)
+        self._to_score = [j for j in self._to_score if j not in set(batch)]
+        ids = np.zeros((len(batch), max(len(j.prompt) for j in batch)), dtype=np.int64)
+        for row, job in enumerate(batch):
+            ids[row, : len(job.prompt)] = job.prompt
+        hidden = self.lm.hidden(self._tensor(ids))
+        logits = self.lm.head(torch.stack([hidden[i, len(j.prompt) - 1] for i, j in enumerate(batch)]))
+        for row, job in enumerate(batch):
+            job.result.weight_version = self.weight_version
+            self._score_one(job, hidden[row])
+        one = [(i, j) for i, j in enumerate(batch) if j.error is None and j.request.max_tokens == 1]
+        if one:
+            self._sample([j for _, j in one], logits[self._tensor([i for i, _ in one])])
+        for job in batch:
+            if job.error is not None:
+                self._finished.append(job)
+            elif job.request.max_tokens > 1:
+                self._waiting.append(job)
+
+    def _score_one(self, job: Job, hidden: Tensor) -> None:
+        """Entries of one prompt from its hidden states, [T, H]; the first token has none."""
+        count = job.request.prompt_logprobs or 0
+        entries: list[TokenLogprobs | None] = [None]
+        targets = self._tensor(job.prompt[1:].astype(np.int64))
+        chunk = max(1, HEAD_BYTES // (4 * self.lm.vocab_size))
+        for start in range(0, len(targets), chunk):
+            end = min(start + chunk, len(targets))
+            logprobs = self.lm.head(hidden[start:end]).log_softmax(-1)
+            ids = targets[start:end, None]
+            of_target = logprobs.gather(1, ids)
+            if not bool(torch.isfinite(of_target).all()):
+                job.error = not_finite()
+                return
+            ranks = (logprobs > of_target).sum(-1, keepdim=True) + 1
+            if count:
+                values, best = logprobs.topk(count, dim=-1)
+                numbers = torch.arange(1, count + 1, device=ids.device).expand_as(best)
+                ids, of_target = torch.cat([ids, best], 1), torch.cat([of_target, values], 1)
+                ranks = torch.cat([ranks, numbers], 1)
+            for i, v, r in zip(ids.tolist(), of_target.tolist(), ranks.tolist(), strict=True):
+                entries.append(TokenLogprobs(token_ids=i, logprobs=v, ranks=r))
+        job.result.prompt_logprobs = entries
+
+    def _tensor(self, values: np.ndarray | Sequence[int]) -> Tensor:
+        return torch.from_numpy(np.asarray(values, dtype=np.int64)).to(self.lm.device)
+
+
+def _top(logprobs: Tensor, token_id: int, logprob: float, count: int) -> TokenLogprobs:
+    """The sampled token and the `count` likeliest others that can be drawn at all."""
+    values, ids = logprobs.topk(min(count, len(logprobs)))
+    entry = TokenLogprobs(token_ids=[token_id], logprobs=[logprob], ranks=[int((logprobs > logprob).sum()) + 1])
+    for rank, (i, v) in enumerate(zip(ids.tolist(), values.tolist(), strict=True), 1):
+        if i != token_id and v > float("-inf"):
+            entry.token_ids.append(i)
+            entry.logprobs.append(v)
+            entry.ranks.append(rank)
+    return entry
+
+
+def not_finite() -> WireError:
+    return WireError(
+        "the model's logits are not finite (NaN or infinite): its weights are broken, or the dtype overflows",
+        500,
+        "InternalServerError",
+    )
