@@ -136,7 +136,7 @@ class Arguments:
         value, path = _value_at(arguments, first["loc"])
         if len(details) == 1:
             if not (first["type"].endswith("_type") and len(first["loc"]) == 1):
-                reason = first["msg"].removeprefix("Input ").removeprefix("Extra inputs ")
+                reason = first["msg"].removeprefix("Input ").replace("Extra inputs are", "is")
                 return f'argument "{path}": {reason[0].lower()}{reason[1:]}, found {value_words(value)}'
         else:
             value, path = arguments.get(name), name
