@@ -1,0 +1,407 @@
+"""Read the configuration: defaults < TOML files in their order < flags, with where each value came from, and every
+mistake at once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from distill.config import RunConfig
+from distill.config_files import ConfigError, find_file, folder, read_file, shipped, shown
+from distill.config_keys import Key, all_keys, help_text, owner_of, suggestion
+from distill.config_rules import InconsistentConfig, looks_secret
+
+__all__ = [
+    "ConfigError",
+    "LoadedConfig",
+    "add_config_arguments",
+    "default_file",
+    "help_text",
+    "leaves",
+    "load_config",
+    "load_from_arguments",
+]
+
+DEFAULT = "default"
+CHANGEABLE_ON_RESUME = (
+    "steps",
+    "output_dir",
+    "eval",
+    "checkpoint",
+    "check",
+    "rollout.max_concurrent",
+    "student.base_url",
+    "student.api_key_env",
+    "teacher.base_url",
+    "teacher.api_key_env",
+    "teacher.timeout_s",
+    "teacher.max_tokens_in_flight",
+    "teacher.max_dropped_fraction",
+)
+"""Keys that a resumed run may change: they leave what is learnt from an episode as it was."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedConfig:
+    config: RunConfig
+    provenance: dict[str, str]
+    """By dotted key: `configs/a.toml:14`, `--loss.teacher_tau` or `default`."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Setting:
+    """One key set by one layer."""
+
+    path: tuple[str, ...]
+    value: Any
+    origin: str
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add `--config`, and the help of all keys. The keys themselves are read by `load_from_arguments` from what
+    `parser.parse_known_args` leaves."""
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="TOML file, or a bare name in configs/; repeatable",
+    )
+    parser.epilog = help_text()
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.allow_abbrev = False
+
+
+def load_from_arguments(arguments: argparse.Namespace, rest: Sequence[str], say: Callable[[str], None]) -> LoadedConfig:
+    """Load what the command line asks for.
+
+    With `--resume RUN`, the run's own `config.json` is the first layer. With neither that nor `--config`, the file
+    `configs/<env>_cpu.toml` is, where there is one, and `say` is told so.
+
+    Args:
+        arguments: has `config`, and maybe `resume`.
+        rest: flags that the parser did not know.
+        say: gets notes for the user, a line each.
+
+    Raises:
+        ConfigError: everything that is wrong.
+    """
+    paths: list[str | Path] = list(arguments.config)
+    resume = getattr(arguments, "resume", None)
+    if resume is not None:
+        return _load_resumed(Path(resume) / "config.json", paths, rest, say)
+    if not paths and (default := default_file(rest)) is not None:
+        say(f"no --config given: using {shown(default)}. Others: {', '.join(shipped())} (--config NAME)")
+        paths.append(default)
+    loaded = load_config(paths, rest)
+    for note in loaded.config.notes():
+        say(f"note: {note}")
+    return loaded
+
+
+def _load_resumed(
+    base: Path, paths: Sequence[str | Path], rest: Sequence[str], say: Callable[[str], None]
+) -> LoadedConfig:
+    earlier = load_config([base]).config
+    loaded = load_config([base, *paths], rest)
+    changed = {p: v for p, v in leaves(loaded.config) if dict(leaves(earlier)).get(p) != v}
+    refused = [p for p in changed if not any(p == k or p.startswith(f"{k}.") for k in CHANGEABLE_ON_RESUME)]
+    if refused:
+        raise ConfigError(
+            [
+                f"{loaded.provenance.get(p, base)}: {p} cannot change when a run is resumed; start a new run"
+                for p in refused
+            ]
+        )
+    for name, value in changed.items():
+        say(f"changed for the rest of the run: {name} = {value}")
+    return loaded
+
+
+def default_file(flags: Sequence[str]) -> Path | None:
+    """The shipped configuration of the environment that the flags name, if there is one."""
+    try:
+        env = next((s.value for s in _flag_settings(flags, []) if s.path == ("env",)), None)
+    except ConfigError:
+        return None
+    found = folder() / f"{env}_cpu.toml"
+    return found if isinstance(env, str) and re.fullmatch(r"\w+", env) and found.is_file() else None
+
+
+def load_config(paths: Sequence[str | Path] = (), overrides: Sequence[str] | Mapping[str, Any] = ()) -> LoadedConfig:
+    """Layer files and flags over the defaults.
+
+    Args:
+        paths: TOML files, later ones win; bare names are looked up in `configs/`.
+        overrides: flags as on a command line (`["--loss.teacher_tau", "0.5"]`), or values by dotted key.
+
+    Raises:
+        ConfigError: everything that is wrong.
+    """
+    messages: list[str] = []
+    settings: list[_Setting] = []
+    for path in paths:
+        settings += _file_settings(path, messages)
+    if isinstance(overrides, Mapping):
+        for name, value in overrides.items():
+            settings += _settings(_nested(name.split("."), value), ".".join, messages)
+    else:
+        settings += _flag_settings(overrides, messages)
+    tree, provenance = _merge(settings)
+    config = _validate(tree, provenance, messages)
+    if messages or config is None:
+        raise ConfigError(messages)
+    for name, _ in leaves(config):
+        provenance.setdefault(name, DEFAULT)
+    return LoadedConfig(config=config, provenance={name: provenance[name] for name, _ in leaves(config)})
+
+
+# Layers
+
+
+def _file_settings(path: str | Path, messages: list[str]) -> list[_Setting]:
+    try:
+        file = find_file(path)
+        data, lines = read_file(file)
+    except ConfigError as error:
+        messages += error.messages
+        return []
+
+    def origin(key: tuple[str, ...]) -> str:
+        line = next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), None)
+        return shown(file) if line is None else f"{shown(file)}:{line}"
+
+    return list(_settings(data, origin, messages))
+
+
+def _settings(
+    data: Mapping[str, Any],
+    origin: Callable[[tuple[str, ...]], str],
+    messages: list[str],
+    *,
+    written: tuple[str, ...] = (),
+    known: tuple[str, ...] = (),
+) -> Iterator[_Setting]:
+    """The keys of one layer; unknown ones become messages.
+
+    Args:
+        written, known: where `data` lies, as the layer spells it and as we do (`teacher-tau`, `teacher_tau`).
+    """
+    seen: set[str] = set()
+    for raw, value in data.items():
+        place, name = (*written, raw), raw.replace("-", "_")
+        path = (*known, name)
+        key = all_keys().get(".".join(path))
+        if key is None:
+            for unknown in _unknown(value, place):
+                dotted = ".".join(unknown)
+                messages.append(f"{origin(unknown)}: unknown key {dotted!r}.{suggestion(dotted)}")
+            continue
+        if name in seen:
+            messages.append(f"{origin(place)}: {key.name!r} is set twice, with '-' and with '_'")
+        seen.add(name)
+        if key.shape == "section" and isinstance(value, Mapping):
+            yield _Setting(path, {}, origin(place))
+            yield from _settings(value, origin, messages, written=place, known=path)
+        elif key.shape == "table" and isinstance(value, Mapping):
+            for inner, item in value.items():
+                yield _Setting((*path, inner), item, origin((*place, inner)))
+        else:
+            yield _Setting(path, None if value == "none" and key.optional else value, origin(place))
+
+
+def _unknown(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    if isinstance(value, Mapping) and value:
+        for name, item in value.items():
+            yield from _unknown(item, (*path, name))
+    else:
+        yield path
+
+
+def _flag_settings(flags: Sequence[str], messages: list[str]) -> list[_Setting]:
+    settings: list[_Setting] = []
+    waiting = list(flags)
+    while waiting:
+        flag = waiting.pop(0)
+        if not flag.startswith("--") or len(flag) < 3:
+            messages.append(f"{flag!r} stands alone; flags are --key value, such as --loss.teacher_tau 0.5")
+            continue
+        raw, equals, text = flag[2:].partition("=")
+        path = tuple(raw.replace("-", "_").split("."))
+        key = owner_of(path)
+        has_value = equals or (waiting and not waiting[0].startswith("--"))
+        if not has_value and not (key is not None and key.shape == "boolean"):
+            unknown = "" if key is not None else f" It is no key, either.{suggestion(raw)}"
+            messages.append(f"--{raw}: a value is missing.{unknown}")
+            continue
+        if not equals:
+            text = waiting.pop(0) if has_value else "true"
+        if key is None:
+            messages.append(f"--{raw}: unknown key.{suggestion(raw)}")
+            continue
+        settings.append(_Setting(path, _flag_value(text, key, inside=key.name != ".".join(path)), f"--{raw}"))
+    return settings
+
+
+def _flag_value(text: str, key: Key, *, inside: bool) -> Any:
+    """A flag's text as TOML would have it: strings need no quotes, arrays no brackets."""
+    if text == "none" and key.optional and not inside:
+        return None
+    value = _toml(text)
+    if inside:
+        return text if value is None else value
+    if key.shape == "string":
+        return value if isinstance(value, str) else text
+    if key.shape == "array" and not isinstance(value, list):
+        value = _toml(f"[{text}]")
+        return [part.strip() for part in text.split(",")] if value is None else value
+    return text if value is None else value
+
+
+def _toml(text: str) -> Any:
+    """The value of a TOML literal; None if the text is none."""
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
+        return None
+    return parsed["value"] if len(parsed) == 1 else None
+
+
+def _nested(parts: Sequence[str], value: Any) -> dict[str, Any]:
+    return {parts[0]: _nested(parts[1:], value) if len(parts) > 1 else value}
+
+
+def _merge(settings: Sequence[_Setting]) -> tuple[dict[str, Any], dict[str, str]]:
+    tree: dict[str, Any] = {}
+    provenance: dict[str, str] = {}
+    for setting in settings:
+        *parents, last = setting.path
+        node = tree
+        for name in parents:
+            inner = node.get(name)
+            if not isinstance(inner, dict):
+                inner = node[name] = {}
+            node = inner
+        if setting.value == {} and isinstance(node.get(last), dict):
+            continue  # a table's header: it switches the table on and sets nothing
+        node[last] = {} if setting.value == {} else setting.value
+        provenance[".".join(setting.path)] = setting.origin
+    return tree, provenance
+
+
+# Checking
+
+
+def _validate(tree: dict[str, Any], provenance: dict[str, str], messages: list[str]) -> RunConfig | None:
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        bad: set[str] = set()
+        for item in error.errors(include_url=False):
+            cause = item.get("ctx", {}).get("error")
+            if isinstance(cause, InconsistentConfig):
+                _report_problems(cause, bad, provenance, messages)
+                return None
+            key = owner_of(tuple(str(part) for part in item["loc"]))
+            name = key.name if key is not None and key.shape == "array" else ".".join(str(p) for p in item["loc"])
+            if name not in bad:
+                bad.add(name)
+                messages.append(_explain(name, key, item["type"], item["input"], cause, provenance, item["loc"]))
+    # Settings that contradict one another are found although others are wrong by themselves.
+    rest = {"env": "unset", **tree, "student": {"model": "unset", **_mapping(tree.get("student"))}}
+    for name in bad:
+        _drop(rest, name.split("."))
+    rest.setdefault("env", "unset")
+    rest["student"] = {"model": "unset", **_mapping(rest.get("student"))}
+    try:
+        RunConfig.model_validate(rest)
+    except ValidationError as error:
+        for item in error.errors(include_url=False):
+            cause = item.get("ctx", {}).get("error")
+            if isinstance(cause, InconsistentConfig):
+                _report_problems(cause, bad, provenance, messages)
+    return None
+
+
+def _report_problems(error: InconsistentConfig, bad: set[str], provenance: dict[str, str], messages: list[str]) -> None:
+    for problem in error.problems:
+        if bad.isdisjoint(problem.keys):
+            origin = next((provenance[key] for key in problem.keys if key in provenance), None)
+            messages.append(f"{f'{origin}: ' if origin else ''}{problem.keys[0]} {problem.message}")
+
+
+def _explain(
+    name: str,
+    key: Key | None,
+    kind: str,
+    found: Any,
+    cause: Exception | None,
+    provenance: dict[str, str],
+    location: tuple[int | str, ...],
+) -> str:
+    if kind == "missing":
+        flag = f"; set it in a file or with --{name}"
+        return f"{name} is not set{flag}. {key.doc if key else ''}"
+    origin = provenance.get(".".join(str(p) for p in location)) or provenance.get(name)
+    place = f"{origin}: " if origin else ""
+    what = _found(found)
+    if cause is not None:
+        return f"{place}{name}: {cause}; found {what}"
+    wanted = key.type_text if key else "another value"
+    hint = ""
+    if isinstance(found, str) and key is not None and key.shape in ("number", "boolean"):
+        literal = _toml(found)
+        hint = " (without the quotes)" if literal is not None and not isinstance(literal, str) else ""
+    return f"{place}{name}: wanted {wanted}; found {what}{hint}"
+
+
+def _found(value: Any) -> str:
+    """A value for a message: short, and never a secret."""
+    if isinstance(value, str):
+        return "something like a key (not shown)" if looks_secret(value) else f"the string {json.dumps(value[:80])}"
+    kinds = (
+        (bool, "the boolean"),
+        (int, "the integer"),
+        (float, "the number"),
+        (list, "the array"),
+        (dict, "the table"),
+    )
+    kind = next((words for t, words in kinds if isinstance(value, t)), type(value).__name__)
+    text = json.dumps(value, default=str)[:80]
+    return f"{kind} (not shown)" if looks_secret(str(value)) else f"{kind} {text}"
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _drop(tree: dict[str, Any], parts: Sequence[str]) -> None:
+    for name in parts[:-1]:
+        inner = tree.get(name)
+        if not isinstance(inner, dict):
+            return
+        tree[name] = tree = dict(inner)
+    tree.pop(parts[-1], None)
+
+
+def leaves(config: RunConfig) -> list[tuple[str, Any]]:
+    """Every key with its value, in the order of the models; tables of free keys one by one."""
+
+    def walk(value: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for name, item in value.items():
+            dotted = prefix + name
+            key = all_keys().get(dotted)
+            if isinstance(item, dict) and item and key is not None:
+                yield from walk(item, f"{dotted}.")
+            else:
+                yield dotted, item
+
+    return list(walk(config.model_dump(mode="json"), ""))
