@@ -97,6 +97,12 @@ class EmbeddedEngine:
             max_logprobs=min(max_logprobs, lm.vocab_size),
             eos_token_ids=eos,
         )
+
+        async def app(scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
+            await self._serve(scope, receive, send)
+
+        self.app: App = app
+        """The ASGI application; a plain function, because uvicorn takes a bound method for ASGI 2."""
         self._api_key = api_key
         self._decode = None if tokenizer is None else _decoder(tokenizer)
         self._model = model
@@ -145,6 +151,8 @@ class EmbeddedEngine:
         Raises:
             ValueError: a name, a shape or a value is wrong; nothing was changed.
         """
+        from distill.serving.weights import copy_weights
+
         loop = asyncio.get_running_loop()
         loaded: asyncio.Future[None] = loop.create_future()
 
@@ -157,8 +165,11 @@ class EmbeddedEngine:
             if not loaded.done():
                 loaded.set_exception(error) if error is not None else loaded.set_result(None)
 
+        def done(error: BaseException | None) -> None:
+            loop.call_soon_threadsafe(resolve, error)
+
         self.start()
-        self._worker.run_exclusive(load, lambda error: loop.call_soon_threadsafe(resolve, error))
+        self._worker.run_exclusive(load, done)
         await loaded
 
     async def complete(self, requests: Sequence[CompletionRequest]) -> list[CompletionResult]:
@@ -176,13 +187,11 @@ class EmbeddedEngine:
         try:
             await batch.future
         finally:
-            if not batch.future.done() or batch.future.cancelled():
-                for job in jobs:
-                    job.cancelled = True
+            for job in jobs:
+                job.cancelled = True  # of no effect on one that is through
         return [job.result for job in jobs]
 
-    async def app(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
-        """The ASGI application."""
+    async def _serve(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._lifespan(receive, send)
             return
@@ -197,8 +206,8 @@ class EmbeddedEngine:
         try:
             content = json.dumps(body, allow_nan=False).encode() if body is not None else b""
         except ValueError:
-            error = WireError("a number of the reply is not finite", 500, "InternalServerError")
-            status, content = error.status, json.dumps(error.body()).encode()
+            failure = WireError("a number of the reply is not finite", 500, "InternalServerError")
+            status, content = failure.status, json.dumps(failure.body()).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": content})
@@ -359,38 +368,6 @@ def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | 
     return tuple(dict.fromkeys(found))
 
 
-def copy_weights(model: PreTrainedModel, weights: Mapping[str, torch.Tensor] | str | Path) -> None:
-    """Overwrite a model's parameters, all or none.
-
-    Raises:
-        ValueError: naming the parameter that is missing, unknown, misshapen or not finite.
-    """
-    if isinstance(weights, (str, Path)):
-        from safetensors.torch import load_file
-
-        files = sorted(Path(weights).glob("*.safetensors"))
-        if not files:
-            raise ValueError(f"{weights}: no *.safetensors in it")
-        weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    # Tied parameters appear under one name only.
-    needed = dict(model.named_parameters())
-    known = model.state_dict(keep_vars=True)
-    if missing := sorted(needed.keys() - weights.keys()):
-        raise ValueError(f"weights: {missing[0]!r} is missing, and {len(missing) - 1} more")
-    if unknown := sorted(weights.keys() - known.keys()):
-        raise ValueError(f"weights: the model has no parameter {unknown[0]!r} ({len(unknown)} unknown names)")
-    for name, tensor in weights.items():
-        if tensor.shape != known[name].shape:
-            raise ValueError(f"weights: {name!r} has shape {list(tensor.shape)}, not {list(known[name].shape)}")
-        if not bool(tensor.isfinite().all()):
-            raise ValueError(f"weights: {name!r} holds values that are not finite")
-        tied = next((n for n, p in needed.items() if p is known[name] and n != name), None)
-        if tied is not None and not bool((tensor == weights[tied]).all()):
-            raise ValueError(f"weights: {name!r} and {tied!r} are tied in this model, but differ")
-    for name, tensor in weights.items():
-        known[name].data.copy_(tensor)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m distill.serving.embedded",
@@ -409,9 +386,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--api-key-env", default=None, metavar="VAR", help="environment variable that holds the key")
     args = parser.parse_args(argv)
     if args.host not in ("127.0.0.1", "::1", "localhost"):
-        parser.error(
-            f"--host {args.host}: the embedded engine serves loopback only (127.0.0.1, ::1); use vLLM elsewhere"
-        )
+        parser.error(f"--host {args.host}: the embedded engine serves loopback only; use vLLM elsewhere")
     api_key = None
     if args.api_key_env is not None and not (api_key := os.environ.get(args.api_key_env)):
         parser.error(f"--api-key-env {args.api_key_env}: that environment variable is not set, or empty")

@@ -34,11 +34,8 @@ def processed_logprobs(logits: Tensor, rows: Sequence[RowParams]) -> Tensor:
         temperatures = [r.temperature if r.temperature >= GREEDY_BELOW else 1.0 for r in rows]
         logits = logits / torch.tensor(temperatures, device=logits.device)[:, None]
     logprobs = torch.log_softmax(logits, dim=-1)
-    cut = [
-        i
-        for i, r in enumerate(rows)
-        if (0 < r.top_k < logits.shape[1] or r.top_p < 1.0) and r.temperature >= GREEDY_BELOW
-    ]
+    random = [i for i, r in enumerate(rows) if r.temperature >= GREEDY_BELOW]
+    cut = [i for i in random if 0 < rows[i].top_k < logits.shape[1] or rows[i].top_p < 1.0]
     if cut:
         index = torch.tensor(cut, device=logits.device)
         logprobs = logprobs.index_copy(0, index, _cut(logprobs[index], [rows[i] for i in cut]))

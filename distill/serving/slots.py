@@ -76,7 +76,7 @@ class SlotCache(Cache):
         span = min(num_tokens, self.num_tokens)
         for buffers in (self.keys, self.values):
             for layer, old in enumerate(buffers):
-                # Zeros, not garbage: a masked position's weight is 0, and 0 times NaN is NaN.
+                # Zeros, not garbage: see `wipe`.
                 new = old.new_zeros((num_slots, num_tokens + 1, *old.shape[2:]))
                 if len(keep):
                     new[: len(keep), :span] = old[:, :span].index_select(0, rows)
@@ -86,6 +86,12 @@ class SlotCache(Cache):
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         for buffer in (*self.keys, *self.values):
             buffer[target, :length] = buffer[source, :length]
+
+    def wipe(self, slot: int) -> None:
+        """Zero a slot. What it holds may not be finite, and would reach the next sequence through its masked
+        positions: 0 times NaN is NaN."""
+        for buffer in (*self.keys, *self.values):
+            buffer[slot].zero_()
 
     def clear(self) -> None:
         for buffer in (*self.keys, *self.values):
@@ -112,7 +118,7 @@ class SlotCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write [B, heads, Q, head_dim] at the aimed places; the rows' keys and values so far, [B, heads, span, dim]."""
+        """Write [B, heads, Q, dim] at the aimed places; all keys and values of the rows, [B, heads, span, dim]."""
         return (
             self._update(self.keys, key_states, layer_idx),
             self._update(self.values, value_states, layer_idx),

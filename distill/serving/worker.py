@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distill.serving.prefix import SlotTable
 from distill.serving.sampling import draw, processed_logprobs
 from distill.serving.slots import CausalLM
 from distill.serving.wire import CompletionRequest, CompletionResult, TokenLogprobs, WireError
@@ -74,7 +75,7 @@ class Worker:
         self.lm = lm
         self.weight_version = 0
         self._max_batch = max_batch
-        self._max_kv_tokens = max_kv_tokens
+        self._slots = SlotTable(lm.cache, max_slots=max_batch, max_tokens=max_kv_tokens)
         self._eos_token_id = eos_token_id
         self._wake = threading.Condition()
         self._incoming: deque[Job] = deque()
@@ -85,12 +86,6 @@ class Worker:
         self._to_score: list[Job] = []
         self._running: list[Job] = []
         self._finished: list[Job] = []
-        # What each slot holds: the first `_lengths[s]` of `_ids[s]` are in the cache.
-        self._ids = np.zeros((lm.cache.num_slots, lm.cache.num_tokens), dtype=np.int32)
-        self._lengths = np.zeros(lm.cache.num_slots, dtype=np.int64)
-        self._last_used = np.zeros(lm.cache.num_slots, dtype=np.int64)
-        self._most_busy = 0
-        self._round = 0
         self._thread = threading.Thread(target=self._run, name="embedded-engine", daemon=True)
 
     # Called from other threads.
@@ -166,7 +161,6 @@ class Worker:
             self._deliver()
 
     def _do_round(self) -> None:
-        self._round += 1
         if self._exclusive and not self._running:
             action, done = self._exclusive.popleft()
             try:
@@ -184,8 +178,7 @@ class Worker:
 
     def forget(self) -> None:
         """Drop all cached prefixes; only with nothing running."""
-        self._lengths[:] = 0
-        self.lm.cache.clear()
+        self._slots.clear()
 
     def _fail_all(self, error: WireError) -> None:
         for job in self._unfinished.difference(self._finished):
@@ -228,18 +221,24 @@ class Worker:
         postponed: list[Job] = []
         while self._waiting and len(self._running) + len(started) < self._max_batch:
             job = self._waiting.popleft()
-            busy = [j.slot for j in (*self._running, *started)]
-            if not self._make_room(job, [*self._running, *started], busy):
+            current = [*self._running, *started]
+            longest = max((j.reserved for j in current), default=0)
+            busy = self._slots.make_room(job.reserved, [j.slot for j in current], longest)
+            if busy is None:
                 self._waiting.appendleft(job)
                 break
-            source, shared = self._longest_prefix(job)
-            beginning = job.prompt[: shared + SHARE_BLOCK].tobytes()
+            for other, slot in zip(current, busy, strict=True):
+                other.slot = slot
+            source, shared = self._slots.longest_prefix(job.prompt)
             if len(job.prompt) > shared + SHARE_BLOCK:
+                beginning = job.prompt[: shared + SHARE_BLOCK].tobytes()
                 if beginning in beginnings:
                     postponed.append(job)
                     continue
                 beginnings.add(beginning)
-            self._place(job, source, shared, busy)
+            job.slot = self._slots.place(job.prompt, source, shared, busy)
+            job.num_computed = job.result.num_cached_tokens = shared
+            job.result.weight_version = self.weight_version
             started.append(job)
         self._waiting.extendleft(reversed(postponed))
         # Similar lengths together: columns of a batch are as many as its longest row has tokens to feed.
@@ -249,77 +248,6 @@ class Worker:
             count = max(1, PREFILL_TOKENS // width)
             self._prefill(started[-count:])
             del started[-count:]
-
-    def _make_room(self, job: Job, current: Sequence[Job], busy: Sequence[int]) -> bool:
-        """Whether the cache has a slot for the job, after growing it if that is allowed."""
-        cache = self.lm.cache
-        tight = -(-max(j.reserved for j in (job, *current)) // 64) * 64
-        num_tokens = cache.num_tokens
-        if job.reserved > num_tokens:
-            num_tokens = max(tight, int(1.25 * num_tokens))
-        self._most_busy = max(self._most_busy, len(busy) + 1)
-        limit = min(self._max_batch, self._max_kv_tokens // num_tokens)
-        if limit <= len(busy):
-            num_tokens = min(tight, self._max_kv_tokens)
-            limit = min(self._max_batch, self._max_kv_tokens // num_tokens)
-            if limit <= len(busy):
-                return False
-        num_slots = min(cache.num_slots, limit)
-        # Twice what ever ran at once: episodes whose tools are at work keep their prefix.
-        wanted = min(limit, max(8, 2 * self._most_busy))
-        if len(busy) >= num_slots or (num_slots < wanted and self._lengths.all()):
-            num_slots = max(wanted, min(limit, 2 * num_slots))
-        if (num_slots, num_tokens) != (cache.num_slots, cache.num_tokens):
-            self._resize(num_slots, num_tokens, current, busy)
-        return True
-
-    def _resize(self, num_slots: int, num_tokens: int, current: Sequence[Job], busy: Sequence[int]) -> None:
-        idle = sorted(set(range(len(self._lengths))) - set(busy), key=lambda s: -int(self._last_used[s]))
-        keep = [*busy, *idle][:num_slots] if len(self._lengths) else []
-        keep = [s for s in keep if s in set(busy) or self._lengths[s]]
-        self.lm.cache.resize(num_slots, num_tokens, keep)
-        ids = np.zeros((num_slots, num_tokens), dtype=np.int32)
-        lengths = np.zeros(num_slots, dtype=np.int64)
-        last_used = np.zeros(num_slots, dtype=np.int64)
-        span = min(num_tokens, self._ids.shape[1])
-        ids[: len(keep), :span] = self._ids[keep, :span]
-        lengths[: len(keep)] = np.minimum(self._lengths[keep], span)
-        last_used[: len(keep)] = self._last_used[keep]
-        self._ids, self._lengths, self._last_used = ids, lengths, last_used
-        for slot, job in enumerate(current):
-            job.slot = slot
-
-    def _longest_prefix(self, job: Job) -> tuple[int, int]:
-        """The slot that shares the most with the prompt, and how much. The last token is always computed: its
-        logits are needed."""
-        most = min(len(job.prompt) - 1, self._ids.shape[1])
-        candidates = np.flatnonzero((self._lengths > 0) & (self._ids[:, 0] == job.prompt[0])) if most > 0 else ()
-        if not len(candidates):
-            return -1, 0
-        differs = self._ids[candidates, :most] != job.prompt[:most]
-        shared = np.where(differs.any(1), differs.argmax(1), most)
-        shared = np.minimum(shared, self._lengths[candidates])
-        best = int(shared.argmax())
-        return int(candidates[best]), int(shared[best])
-
-    def _place(self, job: Job, source: int, shared: int, busy: Sequence[int]) -> None:
-        """Take the slot over if the prompt continues all that it holds; otherwise leave it to whoever comes back
-        to it, and copy the common part to the least recently used one."""
-        if shared and source not in busy and shared >= self._lengths[source] - 1:
-            job.slot = source
-        else:
-            idle = np.ones(len(self._lengths), dtype=bool)
-            idle[list(busy)] = False
-            order = np.where(self._lengths > 0, self._last_used, -1)
-            job.slot = int(np.where(idle, order, np.iinfo(np.int64).max).argmin())
-            if shared and job.slot != source:
-                self.lm.cache.copy_prefix(source, job.slot, shared)
-        # Until it is prefilled, others must not find in it more than what is there.
-        self._ids[job.slot, : len(job.prompt)] = job.prompt
-        self._lengths[job.slot] = shared
-        self._last_used[job.slot] = self._round
-        job.num_computed = job.result.num_cached_tokens = shared
-        job.result.weight_version = self.weight_version
 
     def _prefill(self, jobs: list[Job]) -> None:
         """Feed what is new of the prompts, padded on the left so that the last column is every row's last token."""
@@ -337,7 +265,7 @@ class Worker:
             logits = self.lm.step(rows, ids_t[:, part], positions_t[:, part], positions_t[:, part] >= 0)
         for job in jobs:
             job.num_computed = len(job.prompt)
-            self._lengths[job.slot] = job.num_computed
+            self._slots.hold(job.slot, job.prompt, job.num_computed)
         self._running.extend(jobs)
         self._sample(jobs, logits)
 
@@ -397,13 +325,11 @@ class Worker:
         """Leave the slot to the next request, with what it holds."""
         if job.slot < 0:
             return
-        if job.error is not None:
-            self._lengths[job.slot] = 0
+        if job.error is None:
+            ids = [*job.request.prompt_ids, *job.result.token_ids]
+            self._slots.hold(job.slot, ids, job.num_computed)
         else:
-            sampled = job.num_computed - len(job.prompt)
-            self._ids[job.slot, len(job.prompt) : job.num_computed] = job.result.token_ids[:sampled]
-            self._lengths[job.slot] = job.num_computed
-        self._last_used[job.slot] = self._round
+            self._slots.wipe(job.slot)
         job.slot = -1
 
     # Scoring.

@@ -1,0 +1,1 @@
+"""Requests that any engine of the gym must answer alike: the embedded one, and vLLM."""
