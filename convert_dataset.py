@@ -18,7 +18,6 @@ import tempfile
 import time
 from array import array
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -112,6 +111,7 @@ def run(arguments: argparse.Namespace) -> Summary:
         OSError: the disk's.
     """
     from envs.converters import OptionError, find, names
+    from envs.dataset import raise_error
     from envs.jsonl import TaskError, atomic_file
 
     began = time.monotonic()
@@ -133,22 +133,23 @@ def run(arguments: argparse.Namespace) -> Summary:
     for path in filter(None, (arguments.out, arguments.pages)):
         check_target(path, source)
     tasks = converter.convert(source, on_bad_row=on_bad_row, **options(arguments, converter, name))
-    with ExitStack() as files:
-        # The last file to be opened is the first to appear: tasks are there only if their pages are.
-        out = files.enter_context(atomic_file(arguments.out))
-        if arguments.pages:
-            summary.pages = write_pages(
-                files.enter_context(atomic_file(arguments.pages)), converter.pages(source, on_bad_row=lambda _: None)
-            )
+    with atomic_file(arguments.out) as out:
+        lines = unique_lines(tasks, on_bad_row)
         if arguments.shuffle:
-            summary.tasks = write_shuffled(out, unique_lines(tasks, on_bad_row), arguments.seed, arguments.limit)
+            summary.tasks = write_shuffled(out, lines, arguments.seed, arguments.limit)
         else:
-            for line in islice(unique_lines(tasks, on_bad_row), arguments.limit):
+            for line in islice(lines, arguments.limit):
                 out.write(line)
                 summary.tasks += 1
         if not summary.tasks:
             first = f"; the first: {summary.bad[0]['where']}: {summary.bad[0]['message']}" if summary.bad else ""
             raise TaskError(source, f"gave no task ({summary.bad_rows} bad rows{first})")
+        if arguments.pages:
+            # Whole as well, and before the tasks: a task file that is there has its pages.
+            from tools.pages import write_pages
+
+            skipped = raise_error if arguments.on_bad_row == "fail" else lambda _: None  # counted with the tasks
+            summary.pages = write_pages(arguments.pages, converter.pages(source, on_bad_row=skipped))
     summary.duration_s = round(time.monotonic() - began, 3)
     return summary
 
@@ -207,17 +208,6 @@ def unique_lines(tasks: Iterator[Any], on_bad_row: Callable[[Any], None]) -> Ite
             on_bad_row(error)
             continue
         yield task_line(task)
-
-
-def write_pages(out: BinaryIO, pages: Iterator[Any]) -> int:
-    """Write the lines of a page store."""
-    from tools.pages import page_line
-
-    count = 0
-    for page in pages:
-        out.write(page_line(page))
-        count += 1
-    return count
 
 
 def write_shuffled(out: BinaryIO, lines: Iterator[bytes], seed: int, limit: int | None) -> int:

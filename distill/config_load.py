@@ -159,9 +159,13 @@ def load_config(paths: Sequence[str | Path] = (), overrides: Sequence[str] | Map
     config = _validate(tree, provenance, messages)
     if messages or config is None:
         raise ConfigError(messages)
-    for name, _ in leaves(config):
-        provenance.setdefault(name, DEFAULT)
-    return LoadedConfig(config=config, provenance={name: provenance[name] for name, _ in leaves(config)})
+    return LoadedConfig(config=config, provenance={name: _origin(name, provenance) for name, _ in leaves(config)})
+
+
+def _origin(name: str, provenance: dict[str, str]) -> str:
+    """Where a key's value came from; of a table inside a free table, where a key in it was last set."""
+    inside = [origin for key, origin in provenance.items() if key.startswith(f"{name}.")]
+    return provenance.get(name) or (inside[-1] if inside else DEFAULT)
 
 
 # Layers

@@ -145,7 +145,7 @@ def pages(source: str, *, on_bad_row: OnBadRow = raise_error) -> Iterator[Page]:
         except TaskError as error:
             on_bad_row(error)
             continue
-        yield Page.of_html(page_url(row.values[KEY_COLUMN]), page_html(row.values))
+        yield Page(url=page_url(row.values[KEY_COLUMN]), body=page_html(row.values))
 
 
 def page_url(pmid: str) -> str:
