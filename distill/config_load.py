@@ -355,7 +355,8 @@ def _explain(
         flag = f"; set it in a file or with --{name}"
         return f"{name} is not set{flag}. {key.doc if key else ''}"
     origin = provenance.get(".".join(str(p) for p in location)) or provenance.get(name)
-    place = f"{origin}: " if origin else ""
+    # A flag names its key already.
+    place = "--" if origin == f"--{name}" else f"{origin}: " if origin else ""
     what = _found(found)
     if cause is not None:
         return f"{place}{name}: {cause}; found {what}"
