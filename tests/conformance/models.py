@@ -73,7 +73,8 @@ def save(model: PreTrainedModel, path: Path) -> Path:
 @torch.no_grad()
 def reference(model: PreTrainedModel, ids: Sequence[int]) -> torch.Tensor:
     """[T, V] log-probabilities of the token after each position."""
-    return model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0].float().log_softmax(-1)
+    logits: torch.Tensor = model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
+    return logits.float().log_softmax(-1)
 
 
 def token_logprobs(model: PreTrainedModel, ids: Sequence[int]) -> list[float]:
