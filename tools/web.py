@@ -188,7 +188,7 @@ def split_pages(text: str, page_chars: int) -> list[str]:
     size = page_chars - FOOTER_CHARS
     pages = []
     while len(text) > size:
-        cut = max(text.rfind("\n", size // 2, size + 1), -1)
+        cut = text.rfind("\n", size // 2, size + 1)
         if cut < 0:
             cut = text.rfind(" ", size // 2, size + 1)
         if cut < 0:
