@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -23,6 +24,8 @@ def secret_values(given: Iterable[str] = (), environment: Mapping[str, str] | No
     environment = os.environ if environment is None else environment
     values = {value for value in given if value}
     values |= {v for k, v in environment.items() if len(v) >= MIN_SECRET_CHARS and _SECRET_NAME.search(k)}
+    # A secret with quotes or line breaks looks otherwise inside JSON.
+    values |= {json.dumps(value, ensure_ascii=False)[1:-1] for value in values}
     return tuple(sorted(values, key=lambda value: (-len(value), value)))
 
 

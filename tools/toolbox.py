@@ -153,8 +153,8 @@ class Toolbox:
         if not isinstance(output.content, str):
             found = type(output.content).__name__
             raise ToolContractError(f"tool {tool.name!r}: ToolOutput.content must be text, found {found}")
-        _check_metadata(tool, output.metadata)
-        content, truncated_chars = self._cut(redact(output.content, self._secrets))
+        metadata = self._checked_metadata(tool, output.metadata)
+        content, truncated_chars = self._cut(output.content)
         return ToolResult(
             call_id=call.id,
             name=call.name,
@@ -162,13 +162,25 @@ class Toolbox:
             ends_episode=tool.ends_episode if output.ends_episode is None else output.ends_episode,
             truncated_chars=truncated_chars,
             duration_s=duration_s,
-            metadata=output.metadata,
+            metadata=metadata,
         )
+
+    def _checked_metadata(self, tool: Tool, metadata: dict[str, Any]) -> dict[str, Any]:
+        """The metadata, which go to the episode file, without secrets."""
+        if not metadata:
+            return {}
+        try:
+            text = json.dumps(metadata, ensure_ascii=False, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ToolContractError(f"tool {tool.name!r}: ToolOutput.metadata is not JSON: {error}") from error
+        redacted: dict[str, Any] = json.loads(redact(text, self._secrets))
+        return redacted
 
     def _cut(self, text: str) -> tuple[str, int]:
         """Text within the limit, and how many characters are not in it. Pages are counted by what one page holds."""
         unread = max(0, len(text) - MAX_CLEANED_CHARS - self.max_output_chars)
-        text = clean_text(text[: len(text) - unread] if unread else text)
+        # Cleaned first: a zero-width character inside a secret would hide it. Cut last: half a secret is not found.
+        text = redact(clean_text(text[: len(text) - unread] if unread else text), self._secrets)
         total = len(text) + unread
         if total <= self.max_output_chars:
             return text, 0
@@ -187,7 +199,7 @@ class Toolbox:
         metadata: dict[str, Any] | None = None,
     ) -> ToolResult:
         message = message.partition("Traceback (most recent call last)")[0]
-        message = " ".join(clean_text(scrub_paths(redact(message, self._secrets))).split()) or "no reason given"
+        message = " ".join(scrub_paths(redact(clean_text(message), self._secrets)).split()) or "no reason given"
         if len(message) > MAX_ERROR_CHARS:
             message = message[: MAX_ERROR_CHARS - 3] + "..."
         # The prefix is not counted: the error in words stays readable under a small output limit.
@@ -314,15 +326,6 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, BaseModel) or (is_dataclass(value) and not isinstance(value, type)):
         return to_jsonable_python(value)
     raise TypeError(f"{type(value).__name__} is not JSON")
-
-
-def _check_metadata(tool: Tool, metadata: dict[str, Any]) -> None:
-    if not metadata:
-        return
-    try:
-        json.dumps(metadata, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ToolContractError(f"tool {tool.name!r}: ToolOutput.metadata is not JSON: {error}") from error
 
 
 def _where(trace: TracebackType | None) -> str:

@@ -98,7 +98,7 @@ class ToolResult:
     failed call the error in words."""
     error: ToolError | None = None
     ends_episode: bool = False
-    """True if the call succeeded and its tool is declared with `ends_episode`, unless its `ToolOutput` says otherwise."""
+    """True if the call succeeded and its tool is declared with `ends_episode`; `ToolOutput` may say otherwise."""
     truncated_chars: int = 0
     """Characters of the full output that are not in `content`."""
     duration_s: float = 0.0
