@@ -100,6 +100,8 @@ def problems_of(config: RunConfig) -> Iterator[Problem]:
                 f"names a key, but there is no {name}.base_url to send it to",
             )
     for key, text in _strings(config.model_dump(), ""):
+        if re.fullmatch(r"\$(\w+|\{[^}]*\})", text):
+            yield Problem((key,), f"is {text!r}, but environment variables are not expanded; write the value")
         if looks_secret(text):
             yield Problem(
                 (key,),

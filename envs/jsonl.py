@@ -76,7 +76,7 @@ def open_checked(path: str | Path) -> BinaryIO:
 
 def _parse_line(raw: bytes, where: str) -> Any:
     try:
-        text = raw.decode("utf-8")
+        text = raw.decode("utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
         return TaskError(f"{where}:{error.start + 1}", f"not UTF-8: byte 0x{raw[error.start]:02x}")
     try:

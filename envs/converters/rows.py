@@ -109,18 +109,17 @@ def iter_file(path: Path, on_bad_row: OnBadRow = raise_error) -> Iterator[Row]:
 
 
 def _sniff_json(head: bytes) -> str | None:
-    """json or jsonl, whatever the file's name says; None if it is neither."""
+    """json or jsonl where the first bytes leave no doubt, whatever the file's name says; else None."""
     if head.startswith(b"["):
         return "json"
-    if not head.startswith(b"{"):
-        return None
     first, _, rest = head.partition(b"\n")
+    if first.strip() == b"{":
+        return "json"
     try:
-        json.loads(first)
+        whole = isinstance(json.loads(first), dict)
     except ValueError:
-        # A line that is longer than what was looked at: only the file's name can tell.
-        return "json" if first.strip() == b"{" or rest else None
-    return "jsonl"
+        return None
+    return "jsonl" if whole and rest.strip() else None
 
 
 def _of_split(rows: Iterator[Row], split: str, path: Path) -> Iterator[Row]:
