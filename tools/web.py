@@ -8,6 +8,7 @@ shared by many episodes at once.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any
 from urllib.parse import urljoin, urlsplit
 
@@ -25,6 +26,8 @@ STATE_KEY = "open_page"
 MAX_LINES_FOUND = 10
 LINE_CHARS = 200
 FOOTER_CHARS = 24
+
+_LINK = re.compile(r"\[([^\[\]]*)\]\([^()\s]*\)")
 
 
 class WebTools:
@@ -169,14 +172,15 @@ def page_text(page: Page) -> PageText:
 
 
 def documents_of(store: PageStore) -> list[Document]:
-    """A document for the index from each readable page of a store, in the store's order."""
+    """A document for the index from each readable page of a store, in the store's order; links as their text only."""
     documents = []
     for page in store:
         try:
             text = page_text(page)
         except ToolFailure:
             continue
-        documents.append(Document(page.final_url, text.title or page.final_url, text.text))
+        words = _LINK.sub(r"\1", text.text)
+        documents.append(Document(page.final_url, text.title or page.final_url, words))
     return documents
 
 
