@@ -13,36 +13,20 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import hmac
-import json
 import os
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill.serving.wire import (
-    CompletionRequest,
-    CompletionResult,
-    Limits,
-    WireError,
-    completion_body,
-    parse_completion,
-)
+from distill.serving.app import App, make_app
+from distill.serving.wire import CompletionRequest, CompletionResult, Limits, WireError
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from distill.serving.worker import Job
-
-VERSION = "distill-gym-embedded/0.1"
-MAX_BODY_BYTES = 64 << 20
-
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Mapping[str, Any], Receive, Send], Awaitable[None]]
 
 
 class EmbeddedEngine:
@@ -80,6 +64,8 @@ class EmbeddedEngine:
         from distill.serving.slots import CausalLM
         from distill.serving.worker import Worker
 
+        if max_batch < 1:
+            raise ValueError(f"max_batch must be at least 1, got {max_batch}")
         lm = CausalLM(model)
         self.name = name
         self.tokenizer = tokenizer
@@ -97,14 +83,10 @@ class EmbeddedEngine:
             max_logprobs=min(max_logprobs, lm.vocab_size),
             eos_token_ids=eos,
         )
-
-        async def app(scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
-            await self._serve(scope, receive, send)
-
-        self.app: App = app
-        """The ASGI application; a plain function, because uvicorn takes a bound method for ASGI 2."""
-        self._api_key = api_key
-        self._decode = None if tokenizer is None else _decoder(tokenizer)
+        self.app: App = make_app(self, api_key=api_key)
+        """The ASGI application."""
+        self.decode = None if tokenizer is None else _decoder(tokenizer)
+        """Ids to text."""
         self._model = model
         self._worker = Worker(lm, max_batch=max_batch, max_kv_tokens=fits, eos_token_id=eos[0] if eos else None)
 
@@ -125,6 +107,11 @@ class EmbeddedEngine:
         has_tokenizer = not folder.is_dir() or any(folder.glob("tokenizer*"))
         tokenizer = AutoTokenizer.from_pretrained(path) if has_tokenizer else None
         return cls(model, tokenizer, name=name or str(path), **options)
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests are answered."""
+        return self._worker.alive
 
     @property
     def weight_version(self) -> int:
@@ -191,89 +178,6 @@ class EmbeddedEngine:
                 job.cancelled = True  # of no effect on one that is through
         return [job.result for job in jobs]
 
-    async def _serve(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await self._lifespan(receive, send)
-            return
-        if scope["type"] != "http":
-            raise ValueError(f"the embedded engine speaks HTTP, not {scope['type']}")
-        try:
-            status, body = 200, await self._answer(scope, receive)
-        except WireError as error:
-            status, body = error.status, error.body()
-        except _ClientGoneError:
-            return
-        try:
-            content = json.dumps(body, allow_nan=False).encode() if body is not None else b""
-        except ValueError:
-            failure = WireError("a number of the reply is not finite", 500, "InternalServerError")
-            status, content = failure.status, json.dumps(failure.body()).encode()
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": content})
-
-    async def _lifespan(self, receive: Receive, send: Send) -> None:
-        while True:
-            event = (await receive())["type"]
-            if event == "lifespan.startup":
-                self.start()
-            else:
-                await self.aclose()
-            await send({"type": f"{event}.complete"})
-            if event == "lifespan.shutdown":
-                return
-
-    async def _answer(self, scope: Mapping[str, Any], receive: Receive) -> dict[str, Any] | None:
-        route = (scope["method"], scope["path"])
-        if scope["path"].startswith("/v1/"):
-            self._authorise(scope)
-        if route == ("POST", "/v1/completions"):
-            return await self._completions(scope, receive)
-        if route == ("GET", "/v1/models"):
-            card = {"id": self.name, "object": "model", "owned_by": "distill-gym", "root": self.name, "parent": None}
-            return {"object": "list", "data": [{**card, "max_model_len": self.limits.max_model_len}]}
-        if route == ("GET", "/health"):
-            self.start()
-            if not self._worker.alive:
-                raise WireError("the engine's thread is not running", 503, "ServiceUnavailableError")
-            return None
-        if route == ("GET", "/version"):
-            return {"version": VERSION}
-        if route == ("GET", "/weight_info"):
-            return {"weight_version": self.weight_version}
-        known = {"/v1/completions", "/v1/models", "/health", "/version", "/weight_info"}
-        if scope["path"] in known:
-            raise WireError("Method Not Allowed", 405, "MethodNotAllowedError")
-        raise WireError(f"Not Found: the embedded engine has {', '.join(sorted(known))}", 404, "NotFoundError")
-
-    def _authorise(self, scope: Mapping[str, Any]) -> None:
-        if self._api_key is None:
-            return
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        if not hmac.compare_digest(given, f"Bearer {self._api_key}".encode()):
-            raise WireError("Unauthorized", 401, "AuthenticationError")
-
-    async def _completions(self, scope: Mapping[str, Any], receive: Receive) -> dict[str, Any]:
-        try:
-            payload = json.loads(await _read_body(receive))
-        except ValueError as error:
-            raise WireError(f"the body is not JSON: {error}") from None
-        if isinstance(payload, dict) and payload.get("model") not in (None, self.name):
-            raise WireError(f"The model `{payload['model']}` does not exist.", 404, "NotFoundError")
-        encode = None if self.tokenizer is None else self.tokenizer.encode
-        requests = parse_completion(payload, self.limits, encode)
-        if scope.get("client") is None:
-            # In process: a caller that no longer wants the answer cancels this coroutine.
-            results = await self.complete(requests)
-        else:
-            results = await _unless_gone(self.complete(requests), receive)
-        pairs = list(zip(requests, results, strict=True))
-        return completion_body(pairs, payload=payload, model=self.name, decode=self._decode)
-
-
-class _ClientGoneError(Exception):
-    pass
-
 
 class _Batch:
     """The jobs of one HTTP request."""
@@ -308,40 +212,6 @@ def _deliver_to(loop: asyncio.AbstractEventLoop) -> Callable[[Sequence[Job]], No
             return
 
     return deliver
-
-
-async def _unless_gone(work: Awaitable[Any], receive: Receive) -> Any:
-    """Await `work`, and cancel it if the client disconnects first."""
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(receive))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise _ClientGoneError
-        return task.result()
-    finally:
-        task.cancel()
-        gone.cancel()
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _read_body(receive: Receive) -> bytes:
-    parts: list[bytes] = []
-    size = 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise _ClientGoneError
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
-        if size > MAX_BODY_BYTES:
-            raise WireError(f"the body is larger than {MAX_BODY_BYTES} bytes", 413)
-        if not message.get("more_body", False):
-            return b"".join(parts)
 
 
 def _decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[int]], str]:

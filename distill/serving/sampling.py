@@ -1,4 +1,4 @@
-"""Drawing tokens from logits, each row with parameters and random numbers of its own."""
+"""Tokens drawn from logits, each row with parameters and random numbers of its own; and given tokens scored."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from distill.serving.slots import CausalLM
+from distill.serving.wire import PromptScores, TokenLogprobs
+
 GREEDY_BELOW = 1e-5
+HEAD_BYTES = 64 << 20
+"""Of the logits of one chunk in scoring."""
 
 
 class RowParams(Protocol):
@@ -79,3 +84,52 @@ def draw(logprobs: Tensor, rows: Sequence[RowParams], uniforms: Sequence[float])
         greedy = torch.tensor([r.temperature < GREEDY_BELOW for r in rows], device=logprobs.device)
         ids = torch.where(greedy, logprobs.argmax(-1), ids)
     return ids
+
+
+def candidates(logprobs: Tensor, token_id: int, logprob: float, count: int) -> TokenLogprobs:
+    """The sampled token and the `count` likeliest of those that could be drawn.
+
+    Args:
+        logprobs: [V]
+    """
+    values, ids = logprobs.topk(min(count, len(logprobs)))
+    entry = TokenLogprobs(token_ids=[token_id], logprobs=[logprob])
+    for i, value in zip(ids.tolist(), values.tolist(), strict=True):
+        if i != token_id and value > float("-inf"):
+            entry.token_ids.append(i)
+            entry.logprobs.append(value)
+    return entry
+
+
+def score_prompt(lm: CausalLM, ids: Tensor, hidden: Tensor, count: int) -> PromptScores | None:
+    """Log-probability and rank of a prompt's tokens, and the `count` likeliest at each position.
+
+    Args:
+        ids: [N]
+        hidden: [>= N, H] last hidden states. The head runs in chunks: all logits of a long prompt would be larger
+            than the model.
+
+    Returns:
+        None if a number is not finite.
+    """
+    scores = PromptScores(width=count + 1)
+    targets = ids[1:, None]
+    chunk = max(1, HEAD_BYTES // (4 * lm.vocab_size))
+    for start in range(0, len(targets), chunk):
+        end = min(start + chunk, len(targets))
+        logprobs = lm.head(hidden[start:end]).log_softmax(-1)
+        given = targets[start:end]
+        values = logprobs.gather(1, given)
+        if not bool(torch.isfinite(values).all()):
+            return None
+        ranks = (logprobs > values).sum(-1, keepdim=True) + 1
+        if count:
+            best = logprobs.topk(count, dim=-1)
+            numbers = torch.arange(1, count + 1, device=given.device).expand_as(best.indices)
+            given = torch.cat([given, best.indices], 1)
+            values = torch.cat([values, best.values], 1)
+            ranks = torch.cat([ranks, numbers], 1)
+        scores.token_ids += given.flatten().tolist()
+        scores.logprobs += values.flatten().tolist()
+        scores.ranks += ranks.flatten().tolist()
+    return scores

@@ -51,11 +51,22 @@ class CompletionRequest:
 
 @dataclass(slots=True, kw_only=True)
 class TokenLogprobs:
-    """One position's entry: the token that is there first, then the likeliest."""
+    """One sampled token's entry: itself first, then the likeliest."""
 
     token_ids: list[int]
     logprobs: list[float]
-    ranks: list[int]
+
+
+@dataclass(slots=True, kw_only=True)
+class PromptScores:
+    """Entries of the prompt's tokens from the second on, flat: a list a token would cost more than the model."""
+
+    width: int
+    """Tokens an entry: the one that is there, then the likeliest."""
+    token_ids: list[int] = field(default_factory=list)
+    """[(N - 1) * width]"""
+    logprobs: list[float] = field(default_factory=list)
+    ranks: list[int] = field(default_factory=list)
     """1 is the likeliest."""
 
 
@@ -65,7 +76,7 @@ class CompletionResult:
     logprobs: list[float] = field(default_factory=list)
     candidates: list[TokenLogprobs] = field(default_factory=list)
     """One a sampled token, where more than its own log-probability was asked for."""
-    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    prompt_logprobs: PromptScores | None = None
     finish_reason: str = "length"
     stop_reason: int | None = None
     """The stop id that ended it, None for the model's own eos."""
@@ -234,7 +245,7 @@ def completion_body(
     for index, (request, result) in enumerate(results):
         prompt_logprobs = None
         if result.prompt_logprobs is not None:
-            prompt_logprobs = [entry and _prompt_entry(entry, decode) for entry in result.prompt_logprobs]
+            prompt_logprobs = _prompt_entries(result.prompt_logprobs, decode)
         choices.append(
             {
                 "index": index,
@@ -278,11 +289,14 @@ def _legacy_logprobs(result: CompletionResult, token: Callable[[int], str]) -> d
     return {"tokens": tokens, "token_logprobs": result.logprobs, "top_logprobs": top, "text_offset": offsets}
 
 
-def _prompt_entry(entry: TokenLogprobs, decode: Callable[[Sequence[int]], str] | None) -> dict[str, Any]:
-    return {
-        str(token_id): {"logprob": logprob, "rank": rank, "decoded_token": decode and decode([token_id])}
-        for token_id, logprob, rank in zip(entry.token_ids, entry.logprobs, entry.ranks, strict=True)
-    }
+def _prompt_entries(scores: PromptScores, decode: Callable[[Sequence[int]], str] | None) -> list[Any]:
+    flat = [
+        (str(token_id), {"logprob": logprob, "rank": rank, "decoded_token": decode and decode([token_id])})
+        for token_id, logprob, rank in zip(scores.token_ids, scores.logprobs, scores.ranks, strict=True)
+    ]
+    if scores.width == 1:
+        return [None, *({key: value} for key, value in flat)]
+    return [None, *(dict(flat[i : i + scores.width]) for i in range(0, len(flat), scores.width))]
 
 
 def _prompts(prompt: Any, encode: Callable[[str], list[int]] | None) -> list[list[int]]:

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from distill.serving.prefix import SlotTable
-from distill.serving.sampling import draw, processed_logprobs
+from distill.serving.sampling import candidates, draw, processed_logprobs, score_prompt
 from distill.serving.slots import CausalLM
-from distill.serving.wire import CompletionRequest, CompletionResult, TokenLogprobs, WireError
+from distill.serving.wire import CompletionRequest, CompletionResult, WireError
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +29,6 @@ SHARE_BLOCK = 64
 """A prompt that shares this many further tokens with one about to be prefilled waits for it, and copies."""
 PREFILL_TOKENS = 4096
 """Of one forward, padding included."""
-HEAD_BYTES = 64 << 20
-"""Of the logits of one chunk in scoring."""
 
 
 @dataclass(slots=True, eq=False)
@@ -306,7 +304,7 @@ class Worker:
             result.token_ids.append(token_id)
             result.logprobs.append(logprob)
             if request.logprobs:
-                result.candidates.append(_top(logprobs[row], token_id, logprob, request.logprobs))
+                result.candidates.append(candidates(logprobs[row], token_id, logprob, request.logprobs))
             if token_id in request.stop_token_ids:
                 result.finish_reason = "stop"
                 result.stop_reason = None if token_id == self._eos_token_id else token_id
@@ -353,7 +351,10 @@ class Worker:
         logits = self.lm.head(torch.stack([hidden[i, len(j.prompt) - 1] for i, j in enumerate(batch)]))
         for row, job in enumerate(batch):
             job.result.weight_version = self.weight_version
-            self._score_one(job, hidden[row])
+            count = job.request.prompt_logprobs or 0
+            job.result.prompt_logprobs = score_prompt(self.lm, self._tensor(job.prompt), hidden[row], count)
+            if job.result.prompt_logprobs is None:
+                job.error = not_finite()
         one = [(i, j) for i, j in enumerate(batch) if j.error is None and j.request.max_tokens == 1]
         if one:
             self._sample([j for _, j in one], logits[self._tensor([i for i, _ in one])])
@@ -363,44 +364,8 @@ class Worker:
             elif job.request.max_tokens > 1:
                 self._waiting.append(job)
 
-    def _score_one(self, job: Job, hidden: Tensor) -> None:
-        """Entries of one prompt from its hidden states, [T, H]; the first token has none."""
-        count = job.request.prompt_logprobs or 0
-        entries: list[TokenLogprobs | None] = [None]
-        targets = self._tensor(job.prompt[1:].astype(np.int64))
-        chunk = max(1, HEAD_BYTES // (4 * self.lm.vocab_size))
-        for start in range(0, len(targets), chunk):
-            end = min(start + chunk, len(targets))
-            logprobs = self.lm.head(hidden[start:end]).log_softmax(-1)
-            ids = targets[start:end, None]
-            of_target = logprobs.gather(1, ids)
-            if not bool(torch.isfinite(of_target).all()):
-                job.error = not_finite()
-                return
-            ranks = (logprobs > of_target).sum(-1, keepdim=True) + 1
-            if count:
-                values, best = logprobs.topk(count, dim=-1)
-                numbers = torch.arange(1, count + 1, device=ids.device).expand_as(best)
-                ids, of_target = torch.cat([ids, best], 1), torch.cat([of_target, values], 1)
-                ranks = torch.cat([ranks, numbers], 1)
-            for i, v, r in zip(ids.tolist(), of_target.tolist(), ranks.tolist(), strict=True):
-                entries.append(TokenLogprobs(token_ids=i, logprobs=v, ranks=r))
-        job.result.prompt_logprobs = entries
-
     def _tensor(self, values: np.ndarray | Sequence[int]) -> Tensor:
         return torch.from_numpy(np.asarray(values, dtype=np.int64)).to(self.lm.device)
-
-
-def _top(logprobs: Tensor, token_id: int, logprob: float, count: int) -> TokenLogprobs:
-    """The sampled token and the `count` likeliest others that can be drawn at all."""
-    values, ids = logprobs.topk(min(count, len(logprobs)))
-    entry = TokenLogprobs(token_ids=[token_id], logprobs=[logprob], ranks=[int((logprobs > logprob).sum()) + 1])
-    for rank, (i, v) in enumerate(zip(ids.tolist(), values.tolist(), strict=True), 1):
-        if i != token_id and v > float("-inf"):
-            entry.token_ids.append(i)
-            entry.logprobs.append(v)
-            entry.ranks.append(rank)
-    return entry
 
 
 def not_finite() -> WireError:

@@ -62,17 +62,15 @@ async def test_dialogues_join_and_leave_at_any_time(start: Start, make: Callable
     """Ragged episodes over more slots than the batch has, so that they wait, overtake and evict each other."""
     _, server = start(make, max_batch=6)
 
-    async def dialogue(n: int) -> int:
+    async def dialogue(n: int) -> None:
         rng = random.Random(n)
-        ids, hits = prompt(n, rng.randint(2, 60)), 0
+        ids = prompt(n, rng.randint(2, 60))
         for turn in range(4):
             await asyncio.sleep(rng.random() * 0.02)
             body = await server.complete(prompt=ids, max_tokens=rng.randint(1, 30), seed=n, **SAMPLE)
             ids = assert_true_logprobs(server, ids, body) + prompt(1000 * n + turn, rng.randint(1, 20))
-            hits += cached(body)
-        return hits
 
-    assert sum(await asyncio.gather(*(dialogue(n) for n in range(20)))) > 0
+    await asyncio.gather(*(dialogue(n) for n in range(20)))
 
 
 async def test_the_next_turn_computes_only_what_is_new(start: Start) -> None:
