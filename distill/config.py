@@ -52,6 +52,8 @@ def _run_id(name: str) -> str:
 
 BaseUrl = Annotated[str, AfterValidator(_base_url)]
 EnvVar = Annotated[str, AfterValidator(_environment_variable)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+CountOrZero = Annotated[int, Field(ge=0, lt=2**31)]
 Text = Annotated[str, Field(min_length=1)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
@@ -76,9 +78,9 @@ class TasksConfig(Section):
     """Task JSONL file (docs/formats.md), relative to the working directory. none: the environment's own tasks."""
     eval: Text | None = None
     """Task JSONL file of held-out tasks. none: the environment's own `test` split, if it has one."""
-    num_train: Annotated[int, Field(ge=1)] | None = None
+    num_train: Count | None = None
     """Training tasks to use (from the start of the file) or to generate. none: all that there are."""
-    num_eval: Annotated[int, Field(ge=1)] | None = None
+    num_eval: Count | None = None
     """Evaluation tasks to read or to generate. none: all that there are."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of generated tasks and of the order in which tasks are taken."""
@@ -132,7 +134,7 @@ class TeacherConfig(Section):
     """Number format of the teacher's weights where it runs in this process."""
     system_prompt: Text | None = None
     """Text that only the teacher sees, before the task's own system message (worked examples, privileged facts)."""
-    max_tokens_in_flight: Annotated[int, Field(ge=1)] = 131_072
+    max_tokens_in_flight: Count = 131_072
     """Tokens in all scoring requests at once; prompt log-probabilities cost the server memory."""
     timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 600.0
     """Seconds for one scoring request, its retries included."""
@@ -145,31 +147,31 @@ class TeacherConfig(Section):
 class RolloutConfig(Section):
     """How many episodes are played, how they are sampled, and every budget of an episode."""
 
-    batch_size: Annotated[int, Field(ge=1)] = 16
+    batch_size: Count = 16
     """Tasks a step."""
-    group_size: Annotated[int, Field(ge=1)] = 4
+    group_size: Count = 4
     """Episodes of each task: a step has batch_size x group_size of them."""
-    max_concurrent: Annotated[int, Field(ge=1)] = 64
+    max_concurrent: Count = 64
     """Episodes in play at once."""
     temperature: Annotated[float, Field(gt=0, le=10)] = 1.0
     """Sampling temperature. Other than 1, the student is trained off its own policy (corrected by `loss.rho`)."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus sampling. Below 1, tokens outside of the nucleus are never seen by the loss."""
-    top_k: Annotated[int, Field(ge=0)] = 0
+    top_k: CountOrZero = 0
     """Sample among the k most probable tokens. 0: off."""
-    max_turns: Annotated[int, Field(ge=1)] = 10
+    max_turns: Count = 10
     """Model calls an episode."""
-    max_turn_tokens: Annotated[int, Field(ge=1)] = 1024
+    max_turn_tokens: Count = 1024
     """Sampled tokens a turn."""
-    max_episode_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_episode_tokens: Count | None = None
     """Tokens an episode: prompt, sampled tokens and tool output together. none: what the context holds."""
-    max_tool_calls: Annotated[int, Field(ge=1)] | None = None
+    max_tool_calls: Count | None = None
     """Tool calls an episode, over all tools. none: no limit."""
-    max_calls_per_tool: dict[str, Annotated[int, Field(ge=0)]] = Field(default_factory=dict)
+    max_calls_per_tool: dict[str, CountOrZero] = Field(default_factory=dict)
     """Calls an episode by tool name: `[rollout.max_calls_per_tool]`, `search = 5`. Tools not named have no limit."""
-    max_tool_output_chars: Annotated[int, Field(ge=1)] = 8000
+    max_tool_output_chars: Count = 8000
     """Characters of one tool result that the model sees; the rest is behind a page footer."""
-    max_parse_errors: Annotated[int, Field(ge=0)] = 3
+    max_parse_errors: CountOrZero = 3
     """Malformed tool calls after which an episode ends."""
     timeout_s: Annotated[float, Field(gt=0, le=604_800)] = 600.0
     """Seconds of wall time an episode."""
@@ -221,33 +223,33 @@ class OptimConfig(Section):
     """Decay of AdamW's first and second moment."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Decoupled weight decay, times the learning rate a step."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: CountOrZero = 0
     """Steps over which the learning rate rises from 0 to `lr`."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate after the warm-up; linear and cosine fall to 0 at the last step."""
     max_grad_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Gradients are scaled down to this L2 norm where theirs is larger."""
-    micro_batch_tokens: Annotated[int, Field(ge=1)] = 16_384
+    micro_batch_tokens: Count = 16_384
     """Tokens (padding included) of one forward pass; a longer trace goes alone. Bounds memory, changes no result."""
 
 
 class CheckpointConfig(Section):
     """When the run saves what it needs to go on."""
 
-    every: Annotated[int, Field(ge=1)] = 10
+    every: Count = 10
     """Steps between checkpoints. One is always written after the last step."""
-    keep_last: Annotated[int, Field(ge=1)] = 2
+    keep_last: Count = 2
     """Checkpoints kept; older ones are deleted once a newer one is complete."""
 
 
 class EvalConfig(Section):
     """Evaluation on held-out tasks. Graders run here even where `skip_verification` is on: nothing is trained on."""
 
-    every: Annotated[int, Field(ge=0)] = 0
+    every: CountOrZero = 0
     """Steps between evaluations during training. 0: none."""
-    num_tasks: Annotated[int, Field(ge=1)] = 100
+    num_tasks: Count = 100
     """Tasks an evaluation, from the start of the evaluation tasks."""
-    group_size: Annotated[int, Field(ge=1)] = 1
+    group_size: Count = 1
     """Episodes of each evaluation task."""
     at_start: bool = False
     """Evaluate before the first step."""
@@ -283,7 +285,7 @@ class RunConfig(Section):
     """Graders are neither built nor called in training, and no reward is computed."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of sampling and of the trainer."""
-    steps: Annotated[int, Field(ge=1)] = 100
+    steps: Count = 100
     """Optimiser steps."""
     output_dir: Text = "runs"
     """Folder of all runs, relative to the working directory."""

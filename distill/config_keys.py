@@ -107,14 +107,14 @@ def _type_text(schema: dict[str, Any]) -> str:
     if kind == "string":
         return "string"
     bounds = [
-        f"{sign} {schema[name]:g}" if schema[name] < 1e15 else "< 2^63"
+        f"{sign} {'2^63' if schema[name] == 2**63 else format(schema[name], 'g')}"
         for name, sign in (
             ("minimum", ">="),
             ("exclusiveMinimum", ">"),
             ("maximum", "<="),
             ("exclusiveMaximum", "<"),
         )
-        if name in schema
+        if name in schema and schema[name] != 2**31  # only there so that no number is absurd
     ]
     return " ".join([kind, " and ".join(bounds)]).strip()
 
@@ -146,16 +146,14 @@ def suggestion(name: str) -> str:
 def _near(name: str) -> list[str]:
     names = [key.name for key in all_keys().values()]
     parent, _, last = name.rpartition(".")
-    siblings = [n for n in names if n.rpartition(".")[0] == parent]
-    if close := difflib.get_close_matches(name, siblings, n=1, cutoff=0.8):
-        return close
+    siblings = {n.rpartition(".")[2]: n for n in names if n.rpartition(".")[0] == parent}
+    if close := difflib.get_close_matches(last, siblings, n=1, cutoff=0.6):
+        return [siblings[close[0]]]
     if moved := [n for n in names if n.rpartition(".")[2] == last]:
         return sorted(moved, key=lambda n: difflib.SequenceMatcher(None, n, name).ratio(), reverse=True)[:3]
     if last in _ELSEWHERE:
         own = [n for n in _ELSEWHERE[last] if parent and n.startswith(f"{parent}.")]
         return own or list(_ELSEWHERE[last])
-    if close := difflib.get_close_matches(name, names, n=1, cutoff=0.7):
-        return close
     by_last = {n.rpartition(".")[2]: n for n in names}
     return [by_last[n] for n in difflib.get_close_matches(last, by_last, n=1, cutoff=0.7)]
 

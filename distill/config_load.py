@@ -164,8 +164,8 @@ def load_config(paths: Sequence[str | Path] = (), overrides: Sequence[str] | Map
 
 def _origin(name: str, provenance: dict[str, str]) -> str:
     """Where a key's value came from; of a table inside a free table, where a key in it was last set."""
-    inside = [origin for key, origin in provenance.items() if key.startswith(f"{name}.")]
-    return provenance.get(name) or (inside[-1] if inside else DEFAULT)
+    found = [origin for key, origin in provenance.items() if key == name or key.startswith(f"{name}.")]
+    return found[-1] if found else DEFAULT
 
 
 # Layers
@@ -297,7 +297,9 @@ def _merge(settings: Sequence[_Setting]) -> tuple[dict[str, Any], dict[str, str]
         if setting.value == {} and isinstance(node.get(last), dict):
             continue  # a table's header: it switches the table on and sets nothing
         node[last] = {} if setting.value == {} else setting.value
-        provenance[".".join(setting.path)] = setting.origin
+        name = ".".join(setting.path)
+        provenance.pop(name, None)  # so that the order is that of the last setting
+        provenance[name] = setting.origin
     return tree, provenance
 
 
@@ -305,6 +307,7 @@ def _merge(settings: Sequence[_Setting]) -> tuple[dict[str, Any], dict[str, str]
 
 
 def _validate(tree: dict[str, Any], provenance: dict[str, str], messages: list[str]) -> RunConfig | None:
+    tree.setdefault("student", {})  # so that what is missing is `student.model`
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
