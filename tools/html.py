@@ -26,6 +26,7 @@ _DROPPED_ROLES = ("navigation", "banner", "contentinfo", "complementary", "searc
 _HIDING_STYLE = re.compile(
     r"display\s*:\s*none|visibility\s*:\s*hidden|opacity\s*:\s*0(?:\.0+)?\s*(?:;|$)|font-size\s*:\s*0(?![\d.])", re.I
 )
+_XML_DECLARATION = re.compile(r"^\s*<\?xml[^>]*>")
 _BLANK_LINES = re.compile(r"\n\s*\n")
 _SPACES = re.compile(r"(?<=\S)[ \t\xa0]+")
 
@@ -94,7 +95,8 @@ def short_url(url: str, base_url: str) -> str | None:
 def _convert(html: str, base_url: str) -> PageText:
     from bs4 import BeautifulSoup, Comment
 
-    soup = BeautifulSoup(clean_text(html), "lxml")
+    # With a doctype and no XML declaration BeautifulSoup has no doubt, and no warning, about what it is given.
+    soup = BeautifulSoup("<!doctype html>" + _XML_DECLARATION.sub("", clean_text(html)), "lxml")
     title = _one_line(soup.title.get_text()) if soup.title else ""
     base = soup.find("base", href=True)
     if base is not None:
