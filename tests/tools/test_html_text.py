@@ -116,11 +116,26 @@ def test_no_runs_of_blank_lines() -> None:
 @pytest.mark.parametrize(
     "html",
     [
-        "", "   ", "plain", "https://a.test/", "a.html", "<?xml version='1.0'?><feed><x/></feed>", "<![CDATA[x]]>", "<?php x ?>", "<", "<a href='http://[bad'>z</a>", "<a href=x><a href=y>n</a></a>", "<div>" * 50_000 + "x",
-        "<table>" * 3000 + "x", "<ul><li>" * 3000, "\x00\ud800", "<td>x</td><tr><dd>y", "<p>" + "x" * 3_000_000,
+        "",
+        "   ",
+        "plain",
+        "https://a.test/",
+        "a.html",
+        "<?xml version='1.0'?><feed><x/></feed>",
+        "<![CDATA[x]]>",
+        "<?php x ?>",
+        "<",
+        "<a href='http://[bad'>z</a>",
+        "<a href=x><a href=y>n</a></a>",
+        "<div>" * 50_000 + "x",
+        "<table>" * 3000 + "x",
+        "<ul><li>" * 3000,
+        "\x00\ud800",
+        "<td>x</td><tr><dd>y",
+        "<p>" + "x" * 3_000_000,
     ],
     ids=lambda html: html[:20] or "empty",
-)  # fmt: skip
+)
 def test_broken_pages_are_read_in_bounded_time(html: str) -> None:
     started = time.perf_counter()
     page = html_to_text(html, BASE)

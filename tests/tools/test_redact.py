@@ -12,9 +12,13 @@ from tools.redact import redact, scrub_paths, secret_values
 
 def test_secrets_come_from_the_environment_by_name() -> None:
     environment = {
-        "HF_TOKEN": "hf_0123456789", "OPENAI_API_KEY": "sk-abcdefgh", "db_password": "correct horse", "MY_SECRET": "short",
-        "HOME": "/home/somebody", "TOKENIZERS_PARALLELISM": "false",
-    }  # fmt: skip
+        "HF_TOKEN": "hf_0123456789",
+        "OPENAI_API_KEY": "sk-abcdefgh",
+        "db_password": "correct horse",
+        "MY_SECRET": "short",
+        "HOME": "/home/somebody",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     assert secret_values(["abc"], environment) == ("correct horse", "hf_0123456789", "sk-abcdefgh", "abc")
     assert secret_values(["", "x"], {}) == ("x",)
 
