@@ -1,1 +1,34 @@
-"""Environments: tasks, the Gymnasium contract, the registry. Messages only."""
+"""Environments: tasks, the Gymnasium contract, the registry. Messages only.
+
+import envs
+envs.register("my_env", "my_package:MyEnv")
+env = envs.make("my_env")
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from envs.registry import list_envs as list_envs
+    from envs.registry import make as make
+    from envs.registry import register as register
+    from envs.registry import spec as spec
+    from envs.tool_env import ToolEnv as ToolEnv
+
+_PUBLIC = {
+    "ToolEnv": "envs.tool_env",
+    "list_envs": "envs.registry",
+    "make": "envs.registry",
+    "register": "envs.registry",
+    "spec": "envs.registry",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for when it is asked for: `import envs` stays cheap."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'envs' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_PUBLIC[name]), name)

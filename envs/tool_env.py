@@ -1,0 +1,282 @@
+"""`ToolEnv`: a Gymnasium environment whose actions are assistant messages and whose observations are new messages.
+
+    class Adding(ToolEnv):
+        def tools(self):
+            return [add]
+
+        def default_tasks(self, split="train", num_tasks=None):
+            return [Task(id="one", messages=({"role": "user", "content": "What is 2 + 3?"},), metadata={"answer": "5"})]
+
+        def grader(self):
+            return lambda task, state, messages: {"success": float(task.metadata["answer"] in messages[-1]["content"])}
+
+`areset` and `astep` are the core. `reset` and `step` have Gymnasium's signatures and run the same on one background
+thread. An instance plays one episode at a time; concurrent episodes have an instance each.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+from gymnasium.error import ResetNeeded
+
+from envs.background import run_in_background
+from envs.spaces import AssistantSpace, MessagesSpace
+from envs.types import AssistantMessage, Limits, Message, StepOutcome, StopReason, Task
+from tools.tool import Tool
+from tools.toolbox import Toolbox
+from tools.types import ToolCall, ToolError, ToolErrorKind, ToolResult, ToolSpec
+
+Grader = Callable[[Task, dict[str, Any], Sequence[Message]], dict[str, float]]
+"""(task, the episode's state, all messages of the episode) -> tracked rewards by name; `success` in [0, 1] is the
+headline."""
+
+TERMINATED = (StopReason.ANSWERED, StopReason.LAST_TOOL)
+
+OPEN_LIMITS = Limits()
+
+
+class ToolEnv(gymnasium.Env[tuple[Message, ...], AssistantMessage]):
+    """Base class of all environments. Override `tools` and `default_tasks`; the rest has defaults.
+
+    Args:
+        limits: every budget of an episode. Turns, calls and malformed calls are counted here; tokens and time by the
+            agent loop.
+        tasks: what `reset` draws from when it is given no task: tasks, a JSONL file, or None for `default_tasks`.
+        skip_verification: no grader is built or called, and `verify` refuses.
+    """
+
+    def __init__(
+        self,
+        *,
+        limits: Limits = OPEN_LIMITS,
+        tasks: Sequence[Task] | str | Path | None = None,
+        skip_verification: bool = True,
+    ) -> None:
+        self.metadata = {"render_modes": []}
+        self.env_id = type(self).__name__
+        """The name it was made by; the registry sets it."""
+        self.limits = limits
+        self.skip_verification = skip_verification
+        self.toolbox = Toolbox(tuple(self.tools()), max_output_chars=limits.max_tool_output_chars)
+        self.observation_space = MessagesSpace()
+        self.action_space = AssistantSpace(self.toolbox.specs)
+        self._given_tasks = tasks
+        self._tasks: Sequence[Task] | None = None
+        self._grader: Grader | None = None
+        self._task: Task | None = None
+        self._ended = False
+        self.state: dict[str, Any] = {}
+        """The episode's own values, shared by its tools (`tools.tool.State`); a fresh dict each episode, so that a
+        late result of an earlier one cannot reach it."""
+        self.messages: list[Message] = []
+        """The whole dialogue of the episode, as the environment saw it."""
+
+    # To override
+
+    def tools(self) -> Sequence[Tool]:
+        """The tools of this environment; none makes every episode a single turn."""
+        return ()
+
+    def default_tasks(self, split: str = "train", num_tasks: int | None = None) -> Sequence[Task]:
+        """Tasks of the environment's own, where it ships or generates some. `split` is `train` or `eval`."""
+        return ()
+
+    async def on_reset(self, task: Task) -> None:
+        """Prepare the episode: fill `self.state`. `self.np_random` is seeded."""
+
+    def on_no_call(self, action: AssistantMessage) -> Message:
+        """What the environment answers to a message without a call, under `termination_policy = "max_turns"`."""
+        return {"role": "user", "content": "Go on. Call a tool."}
+
+    def grader(self) -> Grader:
+        """Built once, and only where verification is on."""
+        raise NotImplementedError(f"environment {self.env_id!r} has no grader; run it with skip_verification = true")
+
+    # The contract
+
+    @property
+    def task(self) -> Task:
+        if self._task is None:
+            raise ResetNeeded("the environment has no task yet: call reset first")
+        return self._task
+
+    @property
+    def tool_specs(self) -> tuple[ToolSpec, ...]:
+        """The tools that the present task may use, all of them before the first reset."""
+        allowed = self._task.tools if self._task is not None else None
+        return tuple(s for s in self.toolbox.specs if allowed is None or s.name in allowed)
+
+    async def areset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[tuple[Message, ...], dict[str, Any]]:
+        """Begin an episode.
+
+        Args:
+            seed: as in Gymnasium: seeds `self.np_random`.
+            options: `{"task": Task}` names the task; without it one of the environment's own is drawn.
+
+        Returns:
+            The task's messages, and `{"task_id", "stop_reason": None}`.
+
+        Raises:
+            ValueError: no task given and none of its own; a task that names a tool which is not there.
+        """
+        gymnasium.Env.reset(self, seed=seed, options=options)
+        task = (options or {}).get("task") or self._draw()
+        unknown = set(task.tools or ()) - {spec.name for spec in self.toolbox.specs}
+        if unknown:
+            raise ValueError(
+                f"task {task.id!r} names tools that environment {self.env_id!r} has not: {sorted(unknown)}"
+            )
+        self._task = task
+        self._ended = False
+        self._turns = 0
+        self._calls: Counter[str] = Counter()
+        self._parse_errors = 0
+        self.state = {}
+        self.messages = list(task.messages)
+        await self.on_reset(task)
+        return task.messages, {"task_id": task.id, "stop_reason": None}
+
+    async def astep(self, action: AssistantMessage) -> StepOutcome:
+        """Take one assistant message: run its calls, count, and say whether the episode goes on.
+
+        Budgets are looked at before a call runs. A call over a budget is answered with a `budget` error, and the
+        episode ends. A malformed call is answered with what was wrong; it is never "no call". A message that was cut
+        off (`finished` False) has its complete calls run like any other: whether to end there is up to the agent loop.
+        """
+        if self._task is None:
+            raise ResetNeeded("step was called before reset")
+        if self._ended:
+            raise ResetNeeded("the episode has ended: call reset before the next step")
+        self._turns += 1
+        self.messages.append(action.to_message())
+        num_malformed = sum(call.parse_error is not None for call in action.tool_calls)
+        self._parse_errors += num_malformed
+        results, over = await self._run_calls(action.tool_calls)
+        stop = self._stop_reason(action, results, over, num_malformed)
+        observation: tuple[Message, ...] = tuple(
+            {"role": "tool", "tool_call_id": r.call_id, "name": r.name, "content": r.content} for r in results
+        )
+        if not results and stop is None:
+            observation = (self.on_no_call(action),)
+        self.messages.extend(observation)
+        self._ended = stop is not None
+        info = {
+            "stop_reason": stop,
+            "tool_results": tuple(results),
+            "num_parse_errors": num_malformed,
+            "budget": self._budget(),
+        }
+        return StepOutcome(observation, 0.0, stop in TERMINATED, stop is not None and stop not in TERMINATED, info)
+
+    async def verify(self) -> dict[str, float]:
+        """Grade the episode that was just played.
+
+        Raises:
+            RuntimeError: with `skip_verification`, where no grader may be built.
+        """
+        if self.skip_verification:
+            raise RuntimeError("verify was called with skip_verification: nothing is graded in pure distillation")
+        if self._grader is None:
+            self._grader = self.grader()
+        return self._grader(self.task, self.state, tuple(self.messages))
+
+    async def aclose(self) -> None:
+        """Free what `on_reset` took."""
+
+    # Gymnasium's synchronous side
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[tuple[Message, ...], dict[str, Any]]:
+        """`areset`, on the background thread."""
+        return run_in_background(self.areset(seed=seed, options=options))
+
+    def step(self, action: AssistantMessage) -> tuple[tuple[Message, ...], float, bool, bool, dict[str, Any]]:
+        """`astep`, on the background thread."""
+        return run_in_background(self.astep(action))
+
+    def close(self) -> None:
+        run_in_background(self.aclose())
+
+    # Inside
+
+    def _draw(self) -> Task:
+        if self._tasks is None:
+            from envs.dataset import read_tasks
+
+            given = self._given_tasks
+            if given is None:
+                self._tasks = tuple(self.default_tasks())
+            else:
+                self._tasks = read_tasks(given) if isinstance(given, str | Path) else tuple(given)
+        if not self._tasks:
+            raise ValueError(
+                f'environment {self.env_id!r} has no tasks of its own; reset it with options={{"task": ...}}'
+            )
+        return self._tasks[int(self.np_random.integers(len(self._tasks)))]
+
+    async def _run_calls(self, calls: Sequence[ToolCall]) -> tuple[list[ToolResult], StopReason | None]:
+        """One result a call, in the order of the calls, and the budget that ran out, if one did."""
+        over: StopReason | None = None
+        refused: dict[int, ToolResult] = {}
+        allowed: list[ToolCall] = []
+        names = {spec.name for spec in self.tool_specs}
+        for index, call in enumerate(calls):
+            reason = self._over_budget(call) if call.parse_error is None else None
+            if reason is not None:
+                over = over or reason
+                refused[index] = _refusal(call, ToolErrorKind.BUDGET, f"no calls left ({reason.value})")
+            elif call.parse_error is None and call.name not in names and call.name in self._all_names():
+                refused[index] = _refusal(call, ToolErrorKind.UNKNOWN_TOOL, f"{call.name} cannot be used in this task")
+            else:
+                self._calls[call.name] += call.parse_error is None
+                allowed.append(call)
+        ran = iter(await self.toolbox.run(allowed, metadata=self.task.metadata, state=self.state))
+        return [refused[i] if i in refused else next(ran) for i in range(len(calls))], over
+
+    def _all_names(self) -> set[str]:
+        return {spec.name for spec in self.toolbox.specs}
+
+    def _over_budget(self, call: ToolCall) -> StopReason | None:
+        per_tool = self.limits.max_calls_per_tool.get(call.name)
+        if per_tool is not None and self._calls[call.name] >= per_tool:
+            return StopReason.TOOL_BUDGET
+        if self.limits.max_tool_calls is not None and self._calls.total() >= self.limits.max_tool_calls:
+            return StopReason.MAX_TOOL_CALLS
+        return None
+
+    def _stop_reason(
+        self, action: AssistantMessage, results: Sequence[ToolResult], over: StopReason | None, num_malformed: int
+    ) -> StopReason | None:
+        limits = self.limits
+        if any(result.ends_episode for result in results):
+            return StopReason.ANSWERED
+        if num_malformed and (limits.on_parse_error == "stop" or self._parse_errors > limits.max_parse_errors):
+            return StopReason.PARSE_ERROR
+        if over is not None:
+            return over
+        if not action.tool_calls and (limits.termination_policy == "last_tool" or not self.toolbox.specs):
+            return StopReason.LAST_TOOL
+        if self._turns >= limits.max_turns:
+            return StopReason.MAX_TURNS
+        return None
+
+    def _budget(self) -> dict[str, int | None]:
+        calls = self.limits.max_tool_calls
+        return {
+            "turns": self.limits.max_turns - self._turns,
+            "tool_calls": None if calls is None else calls - self._calls.total(),
+            "parse_errors": self.limits.max_parse_errors - self._parse_errors,
+        }
+
+
+def _refusal(call: ToolCall, kind: ToolErrorKind, message: str) -> ToolResult:
+    error = ToolError(kind=kind, message=message)
+    return ToolResult(call_id=call.id, name=call.name, content=f"{kind.value}: {message}", error=error)
