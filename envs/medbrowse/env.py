@@ -1,0 +1,150 @@
+"""The MedBrowse environment: find the answer in web pages and submit it.
+
+    env = envs.make("medbrowse")                                        # an invented registry a task
+    env = envs.make("medbrowse", pages="pubmedqa/pages.jsonl")          # any stored pages, with tasks of your own
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any
+
+from envs.medbrowse import graders
+from envs.medbrowse.registry import SITE, Registry
+from envs.medbrowse.tasks import MAX_HOPS, make_tasks
+from envs.tool_env import OPEN_LIMITS, Grader, ToolEnv
+from envs.types import Limits, Message, Task
+from tools.pages import Page, PageStore
+from tools.search import Document, SearchIndex
+from tools.tool import State, Tool, tool
+from tools.web import WebTools, documents_of
+
+ANSWER_KEY = "answer"
+"""Key of the episode's state: what was submitted."""
+NUM_TASKS = 2000
+SPLITS = {"train": "train", "eval": "test", "test": "test"}
+"""Splits of the gym, and the registry's: names and numbers of the two are disjoint."""
+
+
+class MedBrowseEnv(ToolEnv):
+    """Tools: `search(query)`, `browse(url, page=1)`, `find(text)`, `submit_answer(answer)`, which ends the episode.
+
+    Args:
+        pages: a JSONL page store (docs/formats.md), which all tasks search. None: each task has an invented registry,
+            drawn from the seed in its metadata.
+        registry_seed: of the environment's own tasks.
+        split: `train` or `test`, the split that `reset` draws from when it is given no task.
+        max_hops: 1 to 5: the question types up to this one (envs/medbrowse/README.md).
+        num_chains: 2 to 6: the size of each registry.
+        page_chars: characters of a page that `browse` shows at once.
+        limits, tasks, skip_verification: as in `ToolEnv`.
+
+    Raises:
+        ValueError: an option out of its range.
+        PageStoreError, FileNotFoundError: the page store cannot be read.
+    """
+
+    def __init__(
+        self,
+        *,
+        pages: str | Path | None = None,
+        registry_seed: int = 0,
+        split: str = "train",
+        max_hops: int = MAX_HOPS,
+        num_chains: int = 2,
+        page_chars: int | None = None,
+        limits: Limits = OPEN_LIMITS,
+        tasks: Sequence[Task] | str | Path | None = None,
+        skip_verification: bool = True,
+    ) -> None:
+        if split not in SPLITS:
+            raise ValueError(f"medbrowse: split must be train or test, got {split!r}")
+        if not 1 <= max_hops <= MAX_HOPS:
+            raise ValueError(f"medbrowse: max_hops must be 1 to {MAX_HOPS}, got {max_hops}")
+        self._registry_seed, self._split, self._max_hops, self._num_chains = registry_seed, split, max_hops, num_chains
+        self._stored = pages is not None
+        store, index = _stored_pages(str(pages), _stamp(pages)) if pages is not None else (PageStore(()), SearchIndex(()))
+        page_chars = page_chars if page_chars is not None else limits.max_tool_output_chars
+        # A corpus of many sites shows absolute URLs; the invented registry shows paths.
+        self._web = WebTools(store, index, page_chars=page_chars, base_url=None if self._stored else SITE)
+        super().__init__(limits=limits, tasks=tasks, skip_verification=skip_verification)
+
+    def tools(self) -> Sequence[Tool]:
+        return (self._web.search, self._web.browse, self._web.find, self.submit_answer)
+
+    @tool(ends_episode=True)
+    async def submit_answer(self, answer: Annotated[str, "the answer"], *, state: State) -> str:
+        """Submit the answer. This ends the task."""
+        state[ANSWER_KEY] = answer
+        return "submitted"
+
+    def default_tasks(self, split: str = "", num_tasks: int | None = None) -> Sequence[Task]:
+        """The invented registry's tasks: `num_tasks` of them, question types in turn. With `pages`, none."""
+        if self._stored:
+            return ()
+        chosen = split or self._split
+        if chosen not in SPLITS:
+            raise ValueError(f"medbrowse: split must be train or eval, got {chosen!r}")
+        return make_tasks(
+            self._registry_seed,
+            num_tasks if num_tasks is not None else NUM_TASKS,
+            split="test" if SPLITS[chosen] == "test" else "train",
+            max_hops=self._max_hops,
+            num_chains=self._num_chains,
+        )
+
+    async def on_reset(self, task: Task) -> None:
+        if self._stored:
+            return
+        self._web.store, self._web.index = registry_pages(registry_of(task))
+
+    def on_no_call(self, action: Any) -> Message:
+        return {"role": "user", "content": "Call a tool; when you know the answer, submit_answer."}
+
+    def grader(self) -> Grader:
+        return _grade
+
+
+def registry_of(task: Task) -> Registry:
+    """The registry that a task is asked of.
+
+    Raises:
+        ValueError: the task names none.
+    """
+    origin = task.metadata.get("registry")
+    if not isinstance(origin, dict) or not {"seed", "split", "num_chains"} <= origin.keys():
+        raise ValueError(
+            f"medbrowse: task {task.id!r} names no invented registry in its metadata (registry = seed, split, "
+            "num_chains). Tasks over stored pages need the environment's pages: env_args.pages = 'pages.jsonl'"
+        )
+    return Registry.generate(origin["seed"], split=origin["split"], num_chains=origin["num_chains"])
+
+
+def registry_pages(registry: Registry) -> tuple[PageStore, SearchIndex]:
+    """A registry as pages to open and an index to search them."""
+    pages = registry.pages.values()
+    store = PageStore(Page(url=page.url, body=page.html) for page in pages)
+    return store, SearchIndex(Document(page.url, page.title, page.text) for page in pages)
+
+
+def _grade(task: Task, state: dict[str, Any], messages: Sequence[Message]) -> dict[str, float]:
+    answer = state.get(ANSWER_KEY)
+    expected = task.metadata.get("answer")
+    if expected is None:
+        raise ValueError(f"medbrowse: task {task.id!r} has no metadata.answer to grade by")
+    kind = str(task.metadata.get("question_type", ""))
+    return {"success": float(graders.grade(kind, answer, str(expected))), "answered": float(answer is not None)}
+
+
+@lru_cache(maxsize=2)
+def _stored_pages(path: str, stamp: tuple[int, int]) -> tuple[PageStore, SearchIndex]:
+    """Shared by the environments of concurrent episodes: both are only read. `stamp` tells a changed file."""
+    store = PageStore(path)
+    return store, SearchIndex(documents_of(store))
+
+
+def _stamp(path: str | Path) -> tuple[int, int]:
+    status = Path(path).stat()
+    return status.st_mtime_ns, status.st_size
