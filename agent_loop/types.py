@@ -165,8 +165,8 @@ class TokenTrace:
             "loss_mask": self.loss_mask,
             "sampling_logprobs": self.sampling_logprobs,
             "teacher_logprobs": self.teacher_logprobs,
-            "teacher_topk.token_ids": self.teacher_topk and self.teacher_topk.token_ids,
-            "teacher_topk.logprobs": self.teacher_topk and self.teacher_topk.logprobs,
+            "teacher_topk.token_ids": self.teacher_topk.token_ids if self.teacher_topk else None,
+            "teacher_topk.logprobs": self.teacher_topk.logprobs if self.teacher_topk else None,
         }
         for name, values in arrays.items():
             if values is not None and len(values) != length:

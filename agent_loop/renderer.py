@@ -1,0 +1,392 @@
+"""Messages to token ids and back: the one seam.
+
+Turn 0 is rendered once by the model's own chat template. Every later prompt is the ids so far, the sampled ids, and
+the ids of the new messages alone; nothing is rendered twice. Text that comes from a tool, a page or a data set is
+cleaned so that no added token of the tokenizer can come of it, and every rendering is checked for that: the added
+tokens in it must be those of the same dialogue with harmless text.
+
+Known model families may be rendered by the `renderers` library; any other chat template by the suffix rule: render a
+dummy turn with and without the new messages, and cut behind the dummy turn's close token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from agent_loop.parser import HermesParser, ParsedTurn, Tag, read_call
+from agent_loop.types import FinishReason
+from envs.types import Message
+from tools.clean import forbidden_pattern, neutralise
+from tools.types import ToolSpec
+
+MARK = "qzmarkzq"
+"""A word that stands for a message's text while a template is explored."""
+
+HARMLESS = "x"
+
+TOOL_PROMPT = """You may call these tools. Each is described by a JSON object:
+{tools}
+To call one, write
+<tool_call>
+{{"name": <tool>, "arguments": {{<arguments>}}}}
+</tool_call>"""
+"""For templates that ignore `tools`; the wording of the hermes format that most models were trained on."""
+
+
+class RendererError(Exception):
+    """A chat template that cannot be used, or text that would have become a control token."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extension:
+    """What comes between a completion and the next one."""
+
+    glue_ids: list[int]
+    """The rest of the turn's close: a synthetic close token if none was sampled, the newline after it."""
+    tool_ids: list[int]
+    """The new messages in their frame, with the next generation prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """The text around the new messages' contents: `pieces[0] content[0] pieces[1] ...`, and its added tokens."""
+
+    pieces: tuple[str, ...]
+    added_ids: tuple[int, ...]
+
+
+def load_renderer(model: Any, *, enable_thinking: bool | None = None) -> Renderer:
+    """A renderer for a tokenizer folder, a hub id, or a loaded tokenizer.
+
+    Raises:
+        RendererError: no tokenizer there, no chat template, or a template that does not render what it is given.
+    """
+    if isinstance(model, str | Path):
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(model))
+        except (OSError, ValueError, ImportError) as error:
+            raise RendererError(f"no tokenizer can be loaded from {model}: {error}") from error
+    else:
+        tokenizer = model
+    return Renderer(tokenizer, enable_thinking=enable_thinking)
+
+
+class Renderer:
+    """Renders, extends and parses for one tokenizer and its chat template.
+
+    Args:
+        tokenizer: a fast tokenizer of `transformers` with a chat template.
+        enable_thinking: passed to templates that know it; None leaves the template's default.
+    """
+
+    def __init__(self, tokenizer: Any, *, enable_thinking: bool | None = None) -> None:
+        if getattr(tokenizer, "chat_template", None) is None:
+            raise RendererError(
+                "the tokenizer has no chat template; a base model needs one in its tokenizer_config.json"
+            )
+        if not getattr(tokenizer, "is_fast", False):
+            raise RendererError("the tokenizer is not a fast one (tokenizer.json); convert it with transformers first")
+        self.tokenizer = tokenizer
+        self._backend = tokenizer.backend_tokenizer
+        self._options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+        self._added = {token_id: str(token) for token_id, token in tokenizer.added_tokens_decoder.items()}
+        self.added_token_ids = frozenset(self._added)
+        """Ids of every added token, special or not: no text may produce one."""
+        self._forbidden = forbidden_pattern(self._added.values())
+        self._normalises = self._backend.normalizer is not None and any(
+            token.normalized or token.lstrip or token.rstrip for token in tokenizer.added_tokens_decoder.values()
+        )
+        self._frames: dict[tuple[tuple[str, str], ...], _Frame | None] = {}
+        self._expected: dict[Any, tuple[int, ...]] = {}
+        self._explore()
+        self._parser = self._make_parser()
+
+    # What it knows
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.tokenizer)
+
+    def vocab(self) -> dict[str, int]:
+        """Every token and its id, added ones included."""
+        return self._backend.get_vocab(with_added_tokens=True)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of vocabulary, added tokens and template: two renderers with the same one make the same ids."""
+        template = self.tokenizer.chat_template
+        content = json.dumps([sorted(self.vocab().items()), sorted(self._added.items()), template], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text with special tokens visible. For people and parsers; it is never encoded again."""
+        return self._backend.decode(list(ids), skip_special_tokens=False)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of text as it stands, added tokens recognised."""
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    # Cleaning
+
+    def clean(self, messages: Sequence[Message]) -> tuple[Message, ...]:
+        """The messages as they are rendered and recorded: no text in them can form an added token."""
+        return tuple(self._clean_value(dict(message)) for message in messages)
+
+    def clean_text(self, text: str) -> str:
+        text = neutralise(text, self._forbidden)
+        while self._normalises:  # a normaliser may make an added token out of other letters
+            encoding = self._backend.encode(text, add_special_tokens=False)
+            spans = [span for i, span in zip(encoding.ids, encoding.offsets, strict=True) if i in self.added_token_ids]
+            if not spans:
+                break
+            for start, end in reversed(spans):
+                found = text[start:end]
+                text = text[:start] + (f"{found[0]} {found[1:]}" if len(found) > 1 else "\ufffd") + text[end:]
+        return text
+
+    def _clean_value(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return self.clean_text(value)
+        if isinstance(value, dict):
+            return {self.clean_text(key): self._clean_value(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._clean_value(item) for item in value]
+        return value
+
+    # Rendering
+
+    def render_prompt(self, messages: Sequence[Message], tools: Sequence[ToolSpec] = ()) -> list[int]:
+        """Ids of a dialogue with the generation prompt, as the template itself renders it.
+
+        Args:
+            messages: cleaned ones.
+
+        Raises:
+            RendererError: the template refuses them, or a text became an added token.
+        """
+        ids = self._render_ids(messages, tools)
+        key = (tuple((m["role"], bool(m.get("tool_calls"))) for m in messages), tuple(tool.name for tool in tools))
+        if all(not called for _, called in key[0]):
+            if key not in self._expected:
+                harmless = [{**m, "content": HARMLESS} for m in messages]
+                self._expected[key] = self._added_in(self._render_ids(harmless, tools))  # type: ignore[arg-type]
+            self._check_added(ids, self._expected[key])
+        return ids
+
+    def extend(
+        self,
+        completion_ids: Sequence[int],
+        finish_reason: FinishReason,
+        new_messages: Sequence[Message],
+        *,
+        has_reasoning: bool = False,
+    ) -> Extension | None:
+        """What follows a completion: the rest of its close, the new messages, the next generation prompt.
+
+        Args:
+            completion_ids: as sampled; they stay as they are.
+            new_messages: cleaned ones, of role `tool` or `user`.
+            has_reasoning: an earlier turn holds a think block.
+
+        Returns:
+            None where the template would rewrite earlier turns; the caller renders the dialogue anew.
+        """
+        if has_reasoning and self._drops_reasoning and any(m["role"] == "user" for m in new_messages):
+            return None
+        closed = finish_reason == "stop" and bool(completion_ids) and completion_ids[-1] == self.close_id
+        ids, expected = self._suffix(new_messages)
+        self._check_added(ids, expected)
+        tail = self._tail_ids if ids[: len(self._tail_ids)] == self._tail_ids else []
+        glue = tail if closed else [self.close_id, *tail]
+        return Extension(glue_ids=list(glue), tool_ids=ids[len(tail) :])
+
+    def parse(self, completion_ids: Sequence[int], turn: int, finish_reason: FinishReason) -> ParsedTurn:
+        """Read the sampled ids of one turn: thinking, calls, answer, and the class of each token."""
+        return self._parser.parse(completion_ids, turn, finished=finish_reason == "stop")
+
+    def self_test(self, tools: Sequence[ToolSpec]) -> list[str]:
+        """What is wrong with template and parser, in words; nothing if a call survives both."""
+        problems = []
+        name = tools[0].name if tools else "search"
+        call = json.dumps({"name": name, "arguments": {"text": 'a "b" {c}'}})
+        text = f"<tool_call>\n{call}\n</tool_call>"
+        parsed = self.parse([*self.encode(text), self.close_id], 0, "stop").message
+        if [call.arguments for call in parsed.tool_calls] != [{"text": 'a "b" {c}'}]:
+            problems.append(f"a tool call in the hermes format is not read back: {parsed}")
+        answer: Message = {"role": "tool", "content": MARK, "tool_call_id": "call_0_0", "name": name}
+        try:
+            ids, _ = self._suffix([answer])
+        except RendererError as error:
+            return [*problems, str(error)]
+        if MARK not in self.decode(ids):
+            problems.append("the template does not render the text of a tool result")
+        if tools and not all(
+            tool.name in self._render_text([{"role": "user", "content": "x"}], tools) for tool in tools
+        ):
+            problems.append("the template does not name all tools")
+        return problems
+
+    # Exploring the template
+
+    def _explore(self) -> None:
+        user: Message = {"role": "user", "content": "hi"}
+        spec = ToolSpec(name="qztoolzq", description="d", parameters={"type": "object", "properties": {}})
+        try:
+            self._ignores_tools = "qztoolzq" not in self._template([user], [spec.to_openai()])
+        except RendererError:
+            self._ignores_tools = True
+        text = self._template([user, {"role": "assistant", "content": MARK}], None, prompt=False)
+        after = text.partition(MARK)[2]
+        close = next((i for i in self.encode(after) if i in self.added_token_ids), None)
+        if close is None:
+            raise RendererError("the chat template closes no assistant turn with a token of its own")
+        self.close_id: int = close
+        """The token that ends an assistant turn."""
+        self._close_text = self._added[close]
+        self._tail_ids = self.encode(after.partition(self._close_text)[2])
+        stops = {close, self.tokenizer.eos_token_id, self.vocab().get("<|endoftext|>")}
+        self.stop_token_ids: tuple[int, ...] = tuple(sorted(i for i in stops if i is not None))
+        """Ids after which a server stops: the close token, the tokenizer's end token, `<|endoftext|>` if known."""
+        self._tool_role = self._renders_tool_role()
+        thought: Message = {"role": "assistant", "content": "a", "reasoning_content": MARK}
+        before = self._template([user, thought], None, prompt=False)
+        behind = self._template([user, thought, user], None, prompt=False)
+        self._drops_reasoning = MARK in before and MARK not in behind
+        prompt = self._template([user], None)
+        self._starts_thinking = prompt.rstrip().endswith("<think>")
+
+    @property
+    def is_prefix_preserving(self) -> bool:
+        """False where a later user message makes the template drop earlier thinking."""
+        return not self._drops_reasoning
+
+    def _renders_tool_role(self) -> bool:
+        try:
+            return MARK in self._dummy_turn(
+                [{"role": "tool", "content": MARK, "tool_call_id": "call_0_0", "name": "t"}]
+            )
+        except RendererError:
+            return False
+
+    def _make_parser(self) -> HermesParser:
+        vocab = {text: token_id for token_id, text in self._added.items()}
+
+        def tag(text: str) -> Tag:
+            return Tag(text=text, id=vocab.get(text))
+
+        return HermesParser(
+            self.decode,
+            stop_ids=frozenset(self.stop_token_ids),
+            think=(tag("<think>"), tag("</think>")),
+            call=(tag("<tool_call>"), tag("</tool_call>")),
+            starts_thinking=self._starts_thinking,
+        )
+
+    # Template machinery
+
+    def _template(self, messages: Sequence[Any], tools: Any, *, prompt: bool = True) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages), tools=tools, tokenize=False, add_generation_prompt=prompt, **self._options
+            )
+        except Exception as error:  # jinja's own errors, and whatever a template raises
+            raise RendererError(f"the chat template refuses the dialogue: {type(error).__name__}: {error}") from error
+
+    def _render_text(self, messages: Sequence[Message], tools: Sequence[ToolSpec]) -> str:
+        specs = [self._clean_value(tool.to_openai()) for tool in tools]
+        messages = [self._adapted(message) for message in messages]
+        if not specs:
+            return self._template(messages, None)
+        if not self._ignores_tools:
+            return self._template(messages, specs)
+        told = TOOL_PROMPT.format(tools="\n".join(json.dumps(spec["function"], ensure_ascii=False) for spec in specs))
+        told = self._clean_tool_prompt(told)
+        if messages[0]["role"] == "system":
+            first: Message = {"role": "system", "content": f"{messages[0]['content']}\n\n{told}"}
+            return self._template([first, *messages[1:]], None)
+        return self._template([{"role": "system", "content": told}, *messages], None)
+
+    def _clean_tool_prompt(self, text: str) -> str:
+        # Our own wording names the tags; where they are added tokens the model is told of them in letters all the same.
+        return text if "<tool_call>" not in self._added.values() else self.clean_text(text)
+
+    def _render_ids(self, messages: Sequence[Message], tools: Sequence[ToolSpec]) -> list[int]:
+        return self.encode(self._render_text(messages, tools))
+
+    def _adapted(self, message: Message) -> Message:
+        """The message as this template can take it."""
+        if message["role"] == "tool" and not self._tool_role:
+            return {"role": "user", "content": f"<tool_response>\n{message['content']}\n</tool_response>"}
+        if message.get("tool_calls") and self._ignores_tools:
+            calls = [json.dumps(c["function"], ensure_ascii=False) for c in message["tool_calls"]]
+            text = "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in calls)
+            return {"role": "assistant", "content": f"{message['content']}\n{text}".strip()}
+        return message
+
+    def _dummy_turn(self, new_messages: Sequence[Message]) -> str:
+        """What the template puts behind the close token of an assistant turn that `new_messages` answer."""
+        calls = [
+            {"id": "call_0_0", "type": "function", "function": {"name": m.get("name", "t"), "arguments": {}}}
+            for m in new_messages
+            if m["role"] == "tool"
+        ]
+        dummy: dict[str, Any] = {"role": "assistant", "content": "qzdummyzq"}
+        if calls and not self._ignores_tools:
+            dummy["tool_calls"] = calls
+        text = self._template([{"role": "user", "content": "hi"}, dummy, *new_messages], None)
+        behind = text.partition("qzdummyzq")[2]
+        _, close, suffix = behind.partition(self._close_text)
+        if not close:
+            raise RendererError("the chat template does not close an assistant turn that tools answer")
+        return suffix
+
+    def _suffix(self, new_messages: Sequence[Message]) -> tuple[list[int], tuple[int, ...]]:
+        """Ids of the new messages behind a close token, and the added tokens that must be among them."""
+        messages = [self._adapted(message) for message in new_messages]
+        key = tuple((m["role"], m.get("name", "")) for m in new_messages)
+        if key not in self._frames:
+            self._frames[key] = self._explore_frame(messages)
+        frame = self._frames[key]
+        contents = [m["content"] for m in messages]
+        if frame is not None and all(c and c == c.strip() for c in contents):
+            text = frame.pieces[0] + "".join(c + p for c, p in zip(contents, frame.pieces[1:], strict=True))
+            return self.encode(text), frame.added_ids
+        harmless = [{**m, "content": HARMLESS} for m in messages]
+        expected = self._added_in(self.encode(self._dummy_turn(harmless)))  # type: ignore[arg-type]
+        return self.encode(self._dummy_turn(messages)), expected
+
+    def _explore_frame(self, messages: Sequence[Message]) -> _Frame | None:
+        """The text around the contents, if the template puts tool results in as they are; None if it does more."""
+        if any(m["role"] != "tool" for m in messages):
+            return None
+        marks = [f"{MARK}{i}{MARK}" for i in range(len(messages))]
+        text = self._dummy_turn([{**m, "content": mark} for m, mark in zip(messages, marks, strict=True)])
+        pieces = []
+        for mark in marks:
+            before, found, text = text.partition(mark)
+            if not found:
+                return None
+            pieces.append(before)
+        pieces.append(text)
+        return _Frame(tuple(pieces), self._added_in(self.encode(HARMLESS.join(pieces))))
+
+    def _added_in(self, ids: Sequence[int]) -> tuple[int, ...]:
+        return tuple(i for i in ids if i in self.added_token_ids)
+
+    def _check_added(self, ids: Sequence[int], expected: tuple[int, ...]) -> None:
+        found = self._added_in(ids)
+        if found != expected:
+            extra = sorted(self._added[i] for i in set(found) - set(expected) or set(found))
+            shown = ", ".join(map(repr, extra[:5]))
+            raise RendererError(f"a message's text became a control token: {shown}; it was not cleaned")
+
+
+__all__ = ["Extension", "ParsedTurn", "Renderer", "RendererError", "load_renderer", "read_call"]

@@ -1,0 +1,105 @@
+"""The one mask builder: ids, mask, log-probabilities and segments of an episode grow through one private call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from agent_loop.types import Completion, Segment, SegmentSource, TokenTrace
+
+
+class TraceBuilder:
+    """Grows the traces of one episode.
+
+    Example:
+        builder = TraceBuilder(prompt_ids)
+        builder.add_completion(completion, turn=0)     # sampled ids, verbatim, mask True
+        builder.extend(glue_ids, tool_ids, turn=0)     # what follows, mask False
+        builder.prompt_ids                             # the next request's prompt
+        builder.traces()                               # checked TokenTraces
+
+    For every turn `prompt_ids + completion.token_ids` is a prefix of a trace: there is no call that changes what is
+    already there.
+    """
+
+    def __init__(self, prompt_ids: Sequence[int]) -> None:
+        """
+        Raises:
+            ValueError: an empty prompt.
+        """
+        self._traces: list[TokenTrace] = []
+        self._open(prompt_ids)
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """Everything so far in the present trace: the prompt of the next request. Do not change it."""
+        return self._ids
+
+    @property
+    def index(self) -> int:
+        """Index of the present trace."""
+        return len(self._traces)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def add_completion(self, completion: Completion, *, turn: int, trainable: bool = True) -> tuple[int, int]:
+        """Append what was sampled, id for id.
+
+        Returns:
+            Its first position and the one after its last.
+        """
+        start = len(self._ids)
+        self._grow(completion.token_ids, SegmentSource.ASSISTANT, turn, trainable, completion.logprobs)
+        return start, len(self._ids)
+
+    def extend(self, glue_ids: Sequence[int], tool_ids: Sequence[int], *, turn: int) -> None:
+        """Append template tokens and the environment's answer after turn `turn`; never trained on."""
+        self._grow(glue_ids, SegmentSource.GLUE, turn)
+        self._grow(tool_ids, SegmentSource.TOOL, turn)
+
+    def fork(self, prompt_ids: Sequence[int]) -> None:
+        """Begin a new trace, because the next prompt is no extension of the present one."""
+        self._close()
+        self._open(prompt_ids)
+
+    def traces(self) -> list[TokenTrace]:
+        """All traces, checked. Call it once, at the end."""
+        self._close()
+        return self._traces
+
+    def mask_turn(self, turn: int) -> None:
+        """Take one turn's tokens out of the loss (a malformed call under `on_parse_error = "mask"`)."""
+        for segment in self._segments:
+            if segment.source is SegmentSource.ASSISTANT and segment.turn == turn:
+                self._mask[segment.start : segment.end] = [False] * (segment.end - segment.start)
+
+    def _open(self, prompt_ids: Sequence[int]) -> None:
+        if not prompt_ids:
+            raise ValueError("TraceBuilder: the prompt is empty")
+        self._ids: list[int] = []
+        self._mask: list[bool] = []
+        self._logprobs: list[float | None] = []
+        self._segments: list[Segment] = []
+        self._grow(prompt_ids, SegmentSource.PROMPT, -1)
+
+    def _close(self) -> None:
+        trace = TokenTrace(
+            token_ids=self._ids, loss_mask=self._mask, sampling_logprobs=self._logprobs, segments=self._segments
+        )
+        self._traces.append(trace)
+
+    def _grow(
+        self,
+        ids: Sequence[int],
+        source: SegmentSource,
+        turn: int,
+        trained: bool = False,
+        logprobs: Sequence[float] | None = None,
+    ) -> None:
+        if not ids:
+            return
+        start = len(self._ids)
+        self._ids.extend(ids)
+        self._mask.extend([trained] * len(ids))
+        self._logprobs.extend(logprobs if logprobs is not None else [None] * len(ids))
+        self._segments.append(Segment(start=start, end=len(self._ids), source=source, turn=turn))
