@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from agent_loop.conversation import TokenActor
+from agent_loop.conversation import Sampling, TokenActor
 from agent_loop.episodes import EpisodeWriter
 from agent_loop.policy import VllmPolicy
 from agent_loop.rollout import EpisodeJob, run_episodes
@@ -112,10 +112,15 @@ async def collect(
     return ScoredStep(episodes=episodes, trainable=trainable, metrics=metrics, dropped=dropped)
 
 
-def sampling_of(parts: Parts) -> dict[str, float | int]:
-    """Keyword arguments of `SamplingParams` that the configuration sets."""
+def sampling_of(parts: Parts) -> Sampling:
+    """How the configuration wants tokens to be drawn."""
     rollout = parts.config.rollout
-    return {"temperature": rollout.temperature, "top_p": rollout.top_p, "top_k": rollout.top_k}
+    return Sampling(
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        max_context=parts.config.student.max_context,
+    )
 
 
 def refuse_if_starved(
