@@ -126,6 +126,8 @@ def spec(id: str) -> EnvEntry:
     Raises:
         RegistryError: unknown; close names are suggested.
     """
+    if id in _entries:  # before the plug-ins, whose listing reads the metadata of every installed package
+        return _entries[id]
     known = {entry.id: entry for entry in list_envs()}
     if id in known:
         return known[id]
