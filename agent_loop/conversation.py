@@ -161,7 +161,8 @@ class TokenActor:
         return room
 
     def cut_by(self, turn: Turn) -> StopReason:
-        assert turn.start is not None and turn.end is not None
+        assert turn.start is not None
+        assert turn.end is not None
         sampled = turn.end - turn.start
         if sampled >= self._limits.max_turn_tokens:
             return StopReason.MAX_TURN_TOKENS
