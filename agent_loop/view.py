@@ -19,7 +19,7 @@ from agent_loop.types import Episode, SegmentSource, TokenTrace
 
 
 def visible(text: str) -> str:
-    """Text that cannot steer a terminal: control characters, escape sequences and bidirectional marks are spelled out."""
+    """Text that cannot steer a terminal: control characters and escape sequences are spelled out."""
     return "".join(c if c == "\n" or c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
@@ -78,8 +78,8 @@ def show_list(files: list[Path]) -> None:
         )
         shown = "-" if kl is None else f"{kl:.3f}"
         print(
-            f"{number:5}  {visible(episode.id):24} {len(episode.turns):5} {episode.num_sampled:7} {shown:>8} {reward:>6}"
-            f"  {visible(stop)}"
+            f"{number:5}  {visible(episode.id):24} {len(episode.turns):5} {episode.num_sampled:7}"
+            f" {shown:>8} {reward:>6}  {visible(stop)}"
         )
 
 
