@@ -1,0 +1,208 @@
+"""From scored episodes to padded tensors. `collate` is the only place that shifts by one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from agent_loop.types import Episode, SegmentSource, TokenClass, TokenTrace
+from distill.types import Batch
+
+CLASS_INDEX = {token_class: i for i, token_class in enumerate(TokenClass)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainItem:
+    """One trace of a step."""
+
+    episode_index: int
+    """Of the episode in the step."""
+    episode: Episode
+    trace_index: int
+    advantage: float = 0.0
+    """Of the episode; multiplied by `adv_tau`."""
+
+    @property
+    def trace(self) -> TokenTrace:
+        return self.episode.traces[self.trace_index]
+
+    @property
+    def num_inputs(self) -> int:
+        """Tokens to feed: those before the last trained one. What follows it cannot change a trained row."""
+        mask = self.trace.loss_mask
+        return len(mask) - 1 - mask[::-1].index(True) if True in mask else 0
+
+    @property
+    def where(self) -> str:
+        return f"episode {self.episode.id!r}, trace {self.trace_index}"
+
+
+def items_of(episodes: Sequence[Episode], advantages: Sequence[float] | None = None) -> list[TrainItem]:
+    """The traces that have something to train on, in order. `advantages`: one an episode; zeros if not given."""
+    return [
+        TrainItem(
+            episode_index=i,
+            episode=episode,
+            trace_index=k,
+            advantage=0.0 if advantages is None else advantages[i],
+        )
+        for i, episode in enumerate(episodes)
+        for k, trace in enumerate(episode.traces)
+        if any(trace.loss_mask)
+    ]
+
+
+def group_advantages(episodes: Sequence[Episode]) -> list[float]:
+    """Reward minus the mean reward of the task's episodes in this step; no division by a deviation, which would
+    weigh tasks by how unsure the student is (Dr. GRPO, arXiv 2503.20783).
+
+    Raises:
+        ValueError: an episode without a reward.
+    """
+    groups: dict[str, list[float]] = {}
+    for episode in episodes:
+        if episode.reward is None:
+            raise ValueError(
+                f"episode {episode.id!r} has no reward, but loss.adv_tau is not 0; set skip_verification = false"
+            )
+        groups.setdefault(episode.task.id, []).append(episode.reward)
+    means = {task: sum(rewards) / len(rewards) for task, rewards in groups.items()}
+    return [(e.reward or 0.0) - means[e.task.id] for e in episodes]
+
+
+def split_micro_batches(items: Sequence[TrainItem], max_tokens: int) -> list[list[TrainItem]]:
+    """Group traces of like length, so that a padded group has at most `max_tokens` inputs; a longer trace goes alone.
+
+    The split changes speed and memory, no result: the denominator of the loss is the whole step's.
+    """
+    groups: list[list[TrainItem]] = []
+    widest = 0
+    for length, item in sorted(((item.num_inputs, item) for item in items), key=lambda pair: -pair[0]):
+        if groups and widest * (len(groups[-1]) + 1) <= max_tokens:
+            groups[-1].append(item)
+        else:
+            groups.append([item])
+            widest = length
+    return groups
+
+
+@dataclass(slots=True)
+class _Rows:
+    """The trained rows of one trace, as arrays over its [n] trained tokens."""
+
+    input_ids: np.ndarray
+    """[T] inputs of this trace."""
+    positions: np.ndarray
+    """[n] positions of the trained tokens themselves."""
+    targets: np.ndarray
+    sampling: np.ndarray
+    teacher: np.ndarray
+    turns: np.ndarray
+    classes: np.ndarray
+
+
+def collate(items: Sequence[TrainItem]) -> Batch:
+    """Pad traces on the right and gather their trained rows, trace by trace in order.
+
+    Raises:
+        ValueError: no items; a trained token without a teacher or sampling score, at position 0, or, where one trace
+            has teacher candidates, without K of them.
+    """
+    if not items:
+        raise ValueError("collate: no traces")
+    rows = [_rows_of(item) for item in items]
+    lengths = [len(row.input_ids) for row in rows]
+    counts = [len(row.positions) for row in rows]
+    inputs = np.zeros((len(rows), max(lengths)), dtype=np.int64)
+    for i, row in enumerate(rows):
+        inputs[i, : lengths[i]] = row.input_ids
+
+    def joined(name: str) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate([getattr(row, name) for row in rows]))
+
+    topk_ids, topk_logprobs = _topk_of(items, rows)
+    return Batch(
+        input_ids_BT=torch.from_numpy(inputs),
+        lengths_B=torch.tensor(lengths),
+        seq_N=torch.from_numpy(np.repeat(np.arange(len(rows)), counts)),
+        pos_N=joined("positions") - 1,  # the row that predicts token i stands at i - 1
+        targets_N=joined("targets"),
+        sampling_logprobs_N=joined("sampling"),
+        teacher_logprobs_N=joined("teacher"),
+        advantages_N=torch.from_numpy(np.repeat(np.array([i.advantage for i in items], dtype=np.float32), counts)),
+        turns_N=joined("turns"),
+        classes_N=joined("classes"),
+        episodes_N=torch.from_numpy(np.repeat(np.array([i.episode_index for i in items], dtype=np.int64), counts)),
+        topk_ids_NK=topk_ids,
+        topk_logprobs_NK=topk_logprobs,
+    )
+
+
+def _rows_of(item: TrainItem) -> _Rows:
+    trace = item.trace
+    ids = np.array(trace.token_ids, dtype=np.int64)
+    positions = np.flatnonzero(np.array(trace.loss_mask, dtype=bool))
+    if not len(positions):
+        raise ValueError(f"{item.where}: no token is trained")
+    if positions[0] == 0:
+        raise ValueError(f"{item.where}: token 0 is to be trained on, but nothing predicts it")
+    if trace.teacher_logprobs is None:
+        raise ValueError(f"{item.where}: the teacher has not scored it")
+    scores = {}
+    for name, values in (("teacher", trace.teacher_logprobs), ("sampling", trace.sampling_logprobs)):
+        scores[name] = np.array(values, dtype=np.float32)[positions]  # None becomes nan
+        missing = np.flatnonzero(np.isnan(scores[name]))
+        if len(missing):
+            raise ValueError(
+                f"{item.where}: token {positions[missing[0]]} is to be trained on but has no {name} log-probability "
+                f"({len(missing)} of {len(positions)} tokens)"
+            )
+    turns = np.zeros(len(ids), dtype=np.int64)
+    for segment in trace.segments:
+        if segment.source is SegmentSource.ASSISTANT:
+            turns[segment.start : segment.end] = segment.turn
+    classes = np.full(len(ids), CLASS_INDEX[TokenClass.ANSWER], dtype=np.int64)
+    for turn in item.episode.turns:
+        if turn.trace == item.trace_index and turn.start is not None:
+            for span in turn.token_classes:
+                classes[turn.start + span.start : turn.start + span.end] = CLASS_INDEX[span.token_class]
+    return _Rows(
+        input_ids=ids[: positions[-1]],
+        positions=positions,
+        targets=ids[positions],
+        sampling=scores["sampling"],
+        teacher=scores["teacher"],
+        turns=turns[positions],
+        classes=classes[positions],
+    )
+
+
+def _topk_of(items: Sequence[TrainItem], rows: Sequence[_Rows]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """[N, K] ids and log-probabilities; None where no trace has candidates."""
+    if all(item.trace.teacher_topk is None for item in items):
+        return None, None
+    ids: list[list[int]] = []
+    logprobs: list[list[float]] = []
+    for item, row in zip(items, rows, strict=True):
+        topk = item.trace.teacher_topk
+        for i in row.positions.tolist():
+            ids_K = topk.token_ids[i] if topk is not None else None
+            logprobs_K = topk.logprobs[i] if topk is not None else None
+            wanted = len(ids[0]) if ids else len(ids_K or ())
+            if ids_K is None or logprobs_K is None or not len(ids_K) == len(logprobs_K) == wanted:
+                raise ValueError(
+                    f"{item.where}: token {i} has {len(ids_K or ())} teacher candidates with {len(logprobs_K or ())} "
+                    f"log-probabilities; other tokens have {wanted}"
+                )
+            if len(set(ids_K)) != wanted:
+                raise ValueError(f"{item.where}: the teacher's candidates for token {i} name one id twice")
+            ids.append(ids_K)
+            logprobs.append(logprobs_K)
+    shape = (len(ids), len(ids[0]))
+    return (
+        torch.from_numpy(np.array(ids, dtype=np.int64).reshape(shape)),
+        torch.from_numpy(np.array(logprobs, dtype=np.float32).reshape(shape)),
+    )
