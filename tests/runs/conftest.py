@@ -43,21 +43,16 @@ def add(a: int, b: int) -> int:
 '''
 
 
-def save_model(path: Path, *, seed: int, extra_tokens: tuple[str, ...] = ()) -> Path:
-    """A random two-layer Qwen3 and a tokenizer trained in process; the same tokenizer for the same `extra_tokens`."""
-    import torch
+def save_tokenizer(path: Path, extra_tokens: tuple[str, ...] = ()) -> Any:
+    """A tokenizer trained in process, with a ChatML template; the same one for the same `extra_tokens`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+    from transformers import PreTrainedTokenizerFast
 
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *extra_tokens]
-    corpus = [
-        "add the numbers 12 and 7",
-        '{"name": "add", "arguments": {"a": 1, "b": 2}}',
-        "system user assistant tool",
-    ]
+    corpus = ["add the numbers 12 and 7 system user assistant tool", '{"name": "add", "arguments": {"a": 1, "b": 2}}']
     raw.train_from_iterator(
         corpus * 3,
         trainers.BpeTrainer(
@@ -71,6 +66,16 @@ def save_model(path: Path, *, seed: int, extra_tokens: tuple[str, ...] = ()) -> 
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=TEMPLATE
     )
+    tokenizer.save_pretrained(path)
+    return tokenizer
+
+
+def save_model(path: Path, *, seed: int, extra_tokens: tuple[str, ...] = ()) -> Path:
+    """A random two-layer Qwen3 with the tokenizer of `save_tokenizer`."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    tokenizer = save_tokenizer(path, extra_tokens)
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=len(tokenizer),
@@ -86,7 +91,6 @@ def save_model(path: Path, *, seed: int, extra_tokens: tuple[str, ...] = ()) -> 
         initializer_range=0.3,
     )
     Qwen3ForCausalLM(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
     return path
 
 
