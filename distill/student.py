@@ -1,0 +1,341 @@
+"""The model that is trained: one step, its weights for the server, its state for a checkpoint."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from agent_loop.types import Episode
+from distill.batch import collate, group_advantages, items_of, split_micro_batches
+from distill.config import LoraConfig, RunConfig
+from distill.loss import reverse_kl_loss
+from distill.metrics import Metrics
+from distill.optim import Optimizer
+from distill.rows import RowModel
+from distill.train_metrics import StepRows
+from distill.types import Batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from distill.checkpoint import Checkpoint
+
+MAX_LOGITS = 2**28
+"""Numbers in the logits of one call of the output head: 1 GiB of float32."""
+
+
+class NumericError(Exception):
+    """A step that must not be applied: a loss or a gradient is not finite, or there is nothing to train on. The
+    weights are as they were before it."""
+
+
+class Student:
+    """A causal language model, its optimiser and, for `loss.type = "full"`, a teacher beside it.
+
+    Dropout is off, always: with it, the trainer's log-probabilities would not be those of the model that sampled.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, config: RunConfig, *, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> None:
+        """Take over a loaded model; `load` reads one from disk.
+
+        Args:
+            tokenizer: saved beside the weights.
+        """
+        self.config = config
+        self.tokenizer = tokenizer
+        _switch_off_dropout(model)
+        self.rows = RowModel(model)
+        self.device = self.rows.device
+        self.model: Any = model
+        self.has_lora = config.student.lora is not None
+        if config.student.lora is not None:
+            self.model = _with_lora(model, config.student.lora)
+        if config.student.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.parameters: dict[str, nn.Parameter] = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        """The trained ones, by their name in the model (LoRA's included)."""
+        self.optimizer = Optimizer(self.parameters, config.optim, total_steps=config.steps)
+        self._teacher: RowModel | None = None
+
+    @classmethod
+    def load(cls, path: str | Path, config: RunConfig) -> Student:
+        """Read a folder or a Hub model (safetensors only; no code from it is run), onto the GPU if there is one.
+
+        Raises:
+            OSError: there is no such model, or it has no safetensors.
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        name = config.student.dtype
+        dtype = getattr(torch, name) if name != "auto" else torch.bfloat16 if device == "cuda" else torch.float32
+        options: dict[str, Any] = {"trust_remote_code": False}
+        if config.student.revision is not None and not Path(path).is_dir():
+            options["revision"] = config.student.revision
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **options).to(device)
+        has_tokenizer = not Path(path).is_dir() or any(Path(path).glob("tokenizer*"))
+        tokenizer = AutoTokenizer.from_pretrained(path, **options) if has_tokenizer else None
+        return cls(model, config, tokenizer=tokenizer)
+
+    @property
+    def _causal_lm(self) -> Any:
+        """The `transformers` model, without PEFT's wrapper around it."""
+        return self.rows.model
+
+    def set_teacher(self, model: PreTrainedModel) -> None:
+        """The teacher of `loss.type = "full"`: it sees the student's inputs, and no system prompt of its own.
+
+        Raises:
+            ValueError: its vocabulary has another size.
+        """
+        teacher = RowModel(model.eval().requires_grad_(False).to(self.device))
+        if teacher.vocab_size != self.rows.vocab_size:
+            raise ValueError(
+                f'loss.type "full": the teacher has {teacher.vocab_size} output rows, the student '
+                f"{self.rows.vocab_size}; take a teacher with the same vocabulary"
+            )
+        self._teacher = teacher
+
+    # --- one step
+
+    def train_step(self, episodes: Sequence[Episode], *, step: int) -> Metrics:
+        """Forward and backward over all trained tokens, in micro-batches, then one update.
+
+        The loss is divided by the trained tokens of all episodes, so that the split into micro-batches changes
+        nothing but the order of floating-point sums.
+
+        Args:
+            episodes: scored by the teacher; those without a trained token contribute nothing.
+            step: 1, 2, ...; decides the learning rate.
+
+        Returns:
+            The metrics of docs/metrics.md that concern training.
+
+        Raises:
+            NumericError: before the update; naming episodes.
+            ValueError: a trained token has no score; naming the episode.
+        """
+        began = time.monotonic()
+        items = items_of(episodes, group_advantages(episodes) if self.config.loss.adv_tau else None)
+        num_trained = sum(item.trace.num_trained for item in items)
+        if not num_trained:
+            raise NumericError(f"step {step}: no trained token in {_names([e.id for e in episodes])}")
+        rows = StepRows()
+        loss = 0.0
+        self._causal_lm.train()
+        self.optimizer.zero_grad()
+        try:
+            for group in split_micro_batches(items, self.config.optim.micro_batch_tokens):
+                loss += self._accumulate(collate(group), num_trained, rows, episodes, step)
+            grad_norm = self.optimizer.clip()
+            if not grad_norm < float("inf"):
+                names = self.optimizer.non_finite()
+                raise NumericError(
+                    f"step {step}: the gradient is not finite ({_names(names)}); the step trained on "
+                    f"{_names([e.id for e in episodes])}. The weights are unchanged."
+                )
+        except BaseException:
+            self.optimizer.zero_grad()
+            raise
+        finally:
+            self._causal_lm.eval()
+        lr = self.optimizer.step(step)
+        return rows.reduce(episodes) | {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "train/tokens": num_trained,
+            "train/episodes": len({item.episode_index for item in items}),
+            "tokens_per_s/train": num_trained / max(time.monotonic() - began, 1e-9),
+        }
+
+    def _accumulate(
+        self, batch: Batch, num_trained: int, rows: StepRows, episodes: Sequence[Episode], step: int
+    ) -> float:
+        """Add one micro-batch to the gradients; returns its part of the loss.
+
+        The head and the loss run on slices of the rows, each with its own backward pass down to the features; the
+        decoder's backward pass is one.
+        """
+        features_NH = self.rows.features(batch.input_ids_BT, batch.seq_N, batch.pos_N)
+        leaf_NH = features_NH.detach().requires_grad_()
+        teacher_NH = None
+        if self.config.loss.type == "full" and self._teacher is not None:
+            with torch.no_grad():
+                teacher_NH = self._teacher.features(batch.input_ids_BT, batch.seq_N, batch.pos_N)
+        loss = 0.0
+        size = max(1, MAX_LOGITS // self.rows.vocab_size)
+        for start in range(0, batch.num_trained, size):
+            part = _slice(batch, start, start + size)
+            teacher_NV = None
+            if self._teacher is not None and teacher_NH is not None:
+                with torch.no_grad():
+                    teacher_NV = self._teacher.head(teacher_NH[start : start + size]).log_softmax(-1)
+            logits_NV = self.rows.head(leaf_NH[start : start + size])
+            output = reverse_kl_loss(logits_NV, part, self.config.loss, num_trained, teacher_NV)
+            rows.add(part, output.metrics_N)
+            value = float(output.loss.detach())
+            if not abs(value) < float("inf"):
+                bad_N = ~torch.stack([output.metrics_N[n] for n in ("teacher_kl", "ratio")]).isfinite().all(0).cpu()
+                suspects = part.episodes_N[bad_N] if bad_N.any() else part.episodes_N
+                ids = [episodes[i].id for i in dict.fromkeys(suspects.tolist())]
+                raise NumericError(f"step {step}: the loss is {value} in {_names(ids)}. The weights are unchanged.")
+            loss += value
+            output.loss.backward()
+        if features_NH.requires_grad:
+            features_NH.backward(leaf_NH.grad)
+        return loss
+
+    # --- what the server and the canary need
+
+    @torch.no_grad()
+    def logprobs(self, ids: Sequence[int]) -> list[float | None]:
+        """[L] log-probability of each token given those before it, by the present weights; the first is None."""
+        if len(ids) < 2:
+            return [None] * len(ids)
+        self._causal_lm.eval()
+        ids_BT = torch.tensor([list(ids)], device=self.device)
+        pos_N = torch.arange(len(ids) - 1)
+        features_NH = self.rows.features(ids_BT, torch.zeros_like(pos_N), pos_N)
+        size = max(1, MAX_LOGITS // self.rows.vocab_size)
+        found: list[float | None] = [None]
+        for start in range(0, len(pos_N), size):
+            logprobs_NV = self.rows.head(features_NH[start : start + size]).log_softmax(-1)
+            targets_N = ids_BT[0, 1 + start : 1 + start + size]
+            found.extend(logprobs_NV.gather(-1, targets_N[:, None]).squeeze(-1).tolist())
+        return found
+
+    def serving_copy(self) -> PreTrainedModel:
+        """An independent copy of the present model for the engine, adapters merged, in `eval` mode."""
+        model = copy.deepcopy(self.model)
+        if self.has_lora:
+            model = model.merge_and_unload()
+        if self.config.student.gradient_checkpointing:
+            model.gradient_checkpointing_disable()
+        served: PreTrainedModel = model.eval().requires_grad_(False)
+        return served
+
+    @torch.no_grad()
+    def state_dict_for_serving(self) -> dict[str, torch.Tensor]:
+        """All weights by the names of the model itself, adapters merged; of tied weights only the first name.
+
+        Without adapters these are the student's own tensors, not copies: use them before the next step.
+        """
+        weights: dict[str, torch.Tensor] = {}
+        deltas = {}
+        for name, module in self._causal_lm.named_modules():
+            if hasattr(module, "get_delta_weight"):
+                deltas[f"{name}.base_layer.weight"] = module.get_delta_weight(module.active_adapters[0])
+        for name, parameter in self._causal_lm.named_parameters():
+            if self.has_lora and name in self.parameters:
+                continue
+            tensor = parameter.detach()
+            if name in deltas:
+                tensor = (tensor.float() + deltas[name].float()).to(tensor.dtype)
+            weights[name.replace(".base_layer.", ".")] = tensor
+        return weights
+
+    # --- checkpoints
+
+    def save(self, folder: Path) -> None:
+        """Write `model/` (opens with `from_pretrained`), `optimizer.safetensors` and, with LoRA, the unmerged
+        `adapter.safetensors`."""
+        model = self.serving_copy() if self.has_lora else self.model
+        model.save_pretrained(folder / "model")
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder / "model")
+        save_file(_contiguous(self.optimizer.state()), folder / "optimizer.safetensors")
+        if self.has_lora:
+            save_file(_contiguous(self.parameters), folder / "adapter.safetensors")
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Continue as if the run had never stopped: weights, optimiser, random number generators.
+
+        Raises:
+            CheckpointError: it belongs to another model or another `student` configuration.
+        """
+        from transformers import AutoModelForCausalLM
+
+        from distill.checkpoint import CheckpointError
+
+        try:
+            if self.has_lora:
+                self._load_adapter(load_file(checkpoint.path / "adapter.safetensors"))
+            else:
+                dtype = next(iter(self.parameters.values())).dtype
+                saved = AutoModelForCausalLM.from_pretrained(checkpoint.path / "model", dtype=dtype)
+                self._causal_lm.load_state_dict(saved.state_dict())
+            self.optimizer.load_state(load_file(checkpoint.path / "optimizer.safetensors"))
+        except (ValueError, RuntimeError, OSError) as error:
+            raise CheckpointError(f"{checkpoint.path} does not fit this student: {error}") from error
+        checkpoint.restore_rng()
+
+    @torch.no_grad()
+    def _load_adapter(self, tensors: dict[str, torch.Tensor]) -> None:
+        if tensors.keys() != self.parameters.keys():
+            odd = sorted(tensors.keys() ^ self.parameters.keys())
+            raise ValueError(f"adapter: {odd[0]!r} and {len(odd) - 1} more are only in one of checkpoint and model")
+        for name, tensor in tensors.items():
+            if tensor.shape != self.parameters[name].shape:
+                raise ValueError(
+                    f"adapter: {name!r} has shape {list(tensor.shape)}, not {list(self.parameters[name].shape)}"
+                )
+        for name, tensor in tensors.items():
+            self.parameters[name].copy_(tensor)
+
+
+def _with_lora(model: PreTrainedModel, lora: LoraConfig) -> Any:
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import get_peft_model
+
+    everywhere = lora.target_modules == ("all-linear",)
+    return get_peft_model(
+        model,
+        PeftLoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            lora_dropout=0.0,
+            target_modules="all-linear" if everywhere else list(lora.target_modules),
+            task_type="CAUSAL_LM",
+        ),
+    )
+
+
+def _switch_off_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010 - the type checker knows modules only
+
+
+def _slice(batch: Batch, start: int, end: int) -> Batch:
+    """Rows [start, end); the inputs stay."""
+    if start == 0 and end >= batch.num_trained:
+        return batch
+    changes = {
+        field.name: value[start:end]
+        for field in dataclasses.fields(batch)
+        if field.name.endswith(("_N", "_NK")) and (value := getattr(batch, field.name)) is not None
+    }
+    return dataclasses.replace(batch, **changes)
+
+
+def _contiguous(tensors: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+
+
+def _names(names: Sequence[str]) -> str:
+    """At most five of them."""
+    listed = ", ".join(names[:5])
+    return f"{listed} and {len(names) - 5} more" if len(names) > 5 else listed or "nothing"

@@ -1,0 +1,65 @@
+"""Per-row numbers of a step, reduced to one line. Names and meanings: docs/metrics.md."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from agent_loop.types import Episode, TokenClass
+from distill.metrics import Metrics
+from distill.types import Batch
+
+
+class StepRows:
+    """The rows of a step's micro-batches, kept on the CPU."""
+
+    def __init__(self) -> None:
+        self._parts: list[dict[str, np.ndarray]] = []
+
+    def add(self, batch: Batch, metrics_N: dict[str, torch.Tensor]) -> None:
+        """Rows of one micro-batch, with what `reverse_kl_loss` said of them."""
+        part = {name: values.detach().cpu().double().numpy() for name, values in metrics_N.items()}
+        part |= {
+            "turn": batch.turns_N.numpy(),
+            "class": batch.classes_N.numpy(),
+            "episode": batch.episodes_N.numpy(),
+        }
+        self._parts.append(part)
+
+    def reduce(self, episodes: Sequence[Episode]) -> Metrics:
+        """Means and percentiles over all rows; None where a number overflows."""
+        rows = {name: np.concatenate([part[name] for part in self._parts]) for name in self._parts[0]}
+        kl, mismatch = rows["teacher_kl"], rows["mismatch"]
+        p50, p90, p99 = np.percentile(kl, [50, 90, 99])
+        with np.errstate(over="ignore"):
+            metrics = {
+                "teacher_kl": kl.mean(),
+                "teacher_kl/p50": p50,
+                "teacher_kl/p90": p90,
+                "teacher_kl/p99": p99,
+                "teacher_kl/max": kl.max(),
+                "teacher_kl/above_5": (np.abs(kl) > 5).mean(),
+                "teacher_kl/k2": rows["k2"].mean(),
+                "teacher_kl/k3": rows["k3"].mean(),
+                "entropy": rows["entropy"].mean(),
+                # The sampler's distribution is the reference: its tokens estimate KL(sampler || trainer).
+                "mismatch_kl": (np.expm1(mismatch) - mismatch).mean(),
+                "mismatch_kl/k1": -mismatch.mean(),
+                "mismatch_kl/max": np.abs(mismatch).max(),
+                "ratio": rows["ratio"].mean(),
+                "ratio/clipped": rows["clipped"].mean(),
+            }
+        for turn in np.unique(rows["turn"]):
+            metrics[f"teacher_kl/turn_{turn}"] = kl[rows["turn"] == turn].mean()
+        for index, token_class in enumerate(TokenClass):
+            of_class = kl[rows["class"] == index]
+            if len(of_class):
+                metrics[f"teacher_kl/{token_class.value}"] = of_class.mean()
+        datasets = np.array([str(e.task.metadata.get("dataset") or e.env_id) for e in episodes])
+        row_datasets = datasets[rows["episode"]]
+        for dataset in np.unique(row_datasets):
+            metrics[f"teacher_kl/{dataset}"] = kl[row_datasets == dataset].mean()
+        return {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
