@@ -1,7 +1,7 @@
 """The MedBrowse environment: find the answer in web pages and submit it.
 
-    env = envs.make("medbrowse")                                        # an invented registry a task
-    env = envs.make("medbrowse", pages="pubmedqa/pages.jsonl")          # any stored pages, with tasks of your own
+env = envs.make("medbrowse")                                        # an invented registry a task
+env = envs.make("medbrowse", pages="pubmedqa/pages.jsonl")          # any stored pages, with tasks of your own
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ class MedBrowseEnv(ToolEnv):
             raise ValueError(f"medbrowse: max_hops must be 1 to {MAX_HOPS}, got {max_hops}")
         self._registry_seed, self._split, self._max_hops, self._num_chains = registry_seed, split, max_hops, num_chains
         self._stored = pages is not None
-        store, index = _stored_pages(str(pages), _stamp(pages)) if pages is not None else (PageStore(()), SearchIndex(()))
+        store, index = (
+            _stored_pages(str(pages), _stamp(pages)) if pages is not None else (PageStore(()), SearchIndex(()))
+        )
         page_chars = page_chars if page_chars is not None else limits.max_tool_output_chars
         # A corpus of many sites shows absolute URLs; the invented registry shows paths.
         self._web = WebTools(store, index, page_chars=page_chars, base_url=None if self._stored else SITE)

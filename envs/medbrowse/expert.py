@@ -82,7 +82,7 @@ class ScriptedExpert:
         if self._errs():
             return self._blunder(page)
         if self._num_actions == 2:
-            url = {title: url for title, url in _HIT.findall(page)}.get(self._nct_id)
+            url = dict(_HIT.findall(page)).get(self._nct_id)
             return self._call("browse", url=url) if url else self._guess(page)
         if self._links:
             url = dict(_LINK.findall(page)).get(self._links.pop(0))

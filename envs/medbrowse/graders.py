@@ -14,9 +14,9 @@ from datetime import date, datetime
 PRICE_TOLERANCE = 0.005
 """Relative, or half a cent if that is more: prices are told in rounded dollars."""
 
-_SUFFIXES = frozenset(
-    "inc incorporated corp corporation co company ltd limited llc lp plc ag sa se gmbh nv bv spa ab as kk".split()
-)
+_US_SUFFIXES = ("inc", "incorporated", "corp", "corporation", "co", "company", "ltd", "limited", "llc", "lp", "plc")
+_OTHER_SUFFIXES = ("ag", "sa", "se", "gmbh", "nv", "bv", "spa", "ab", "as", "kk")
+_SUFFIXES = frozenset((*_US_SUFFIXES, *_OTHER_SUFFIXES))
 _NOT_AVAILABLE = frozenset(("na", "n a", "none", "not listed", "not available", "no exclusivity"))
 _DATE_FORMATS = ("%b %d, %Y", "%B %d, %Y", "%Y-%m-%d", "%m-%d-%Y", "%m/%d/%Y", "%d %b %Y", "%d %B %Y", "%b %d %Y")
 _CHOICES = ("yes", "no", "maybe")
@@ -96,7 +96,7 @@ def parse_date(text: str) -> date | None:
     plain = " ".join(text.strip().strip(".").split())
     for notation in _DATE_FORMATS:
         try:
-            return datetime.strptime(plain, notation).date()  # noqa: DTZ007
+            return datetime.strptime(plain, notation).date()
         except ValueError:
             continue
     return None

@@ -130,7 +130,9 @@ class Registry:
     @cached_property
     def pages(self) -> dict[str, RegistryPage]:
         """Every page by its address."""
-        return {SITE + page_id: RegistryPage(SITE + page_id, layout, values) for page_id, layout, values in self._pages()}
+        return {
+            SITE + page_id: RegistryPage(SITE + page_id, layout, values) for page_id, layout, values in self._pages()
+        }
 
     def _pages(self) -> Iterator[tuple[str, Layout, tuple[str, ...]]]:
         kinds = layouts()

@@ -104,7 +104,7 @@ def make_task(
     }
     system = ({"role": "system", "content": SYSTEM},) if with_system else ()
     return Task(
-        messages=(*system, {"role": "user", "content": question(kind, trial.nct_id)}),  # type: ignore[arg-type]
+        messages=(*system, {"role": "user", "content": question(kind, trial.nct_id)}),
         metadata=metadata,
         id=f"medbrowse/{split}/{registry.seed}/{kind.hops}",
     )
