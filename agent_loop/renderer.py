@@ -61,8 +61,12 @@ class _Frame:
     added_ids: tuple[int, ...]
 
 
-def load_renderer(model: Any, *, enable_thinking: bool | None = None) -> Renderer:
+def load_renderer(model: Any, *, enable_thinking: bool | None = None, family: str | None = None) -> Renderer:
     """A renderer for a tokenizer folder, a hub id, or a loaded tokenizer.
+
+    Args:
+        family: use this family of the `renderers` library; None lets the tokenizer's hub name decide, and takes the
+            suffix rule where the library does not list it.
 
     Raises:
         RendererError: no tokenizer there, no chat template, or a template that does not render what it is given.
@@ -76,7 +80,12 @@ def load_renderer(model: Any, *, enable_thinking: bool | None = None) -> Rendere
             raise RendererError(f"no tokenizer can be loaded from {model}: {error}") from error
     else:
         tokenizer = model
-    return Renderer(tokenizer, enable_thinking=enable_thinking)
+    from agent_loop.family import FamilyRenderer, family_of
+
+    family = family or family_of(tokenizer)
+    if family is None:
+        return Renderer(tokenizer, enable_thinking=enable_thinking)
+    return FamilyRenderer(tokenizer, family, enable_thinking=enable_thinking)
 
 
 class Renderer:

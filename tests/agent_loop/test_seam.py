@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from agent_loop.renderer import Renderer, RendererError
+from agent_loop.renderer import Renderer, RendererError, load_renderer
 from agent_loop.trace import TraceBuilder
 from agent_loop.types import Completion, SegmentSource, TokenTrace
 from envs.types import Message
@@ -195,10 +196,20 @@ def test_the_self_test_finds_nothing_wrong(renderer: Renderer) -> None:
 
 
 def test_the_fingerprint_tells_tokenizers_apart(renderer: Renderer, tiny_tokenizer: object) -> None:
-    from agent_loop.renderer import load_renderer
-
     again = load_renderer(renderer.tokenizer)
     assert again.fingerprint == renderer.fingerprint
     changed = load_renderer(tiny_tokenizer)
     changed.tokenizer.chat_template += " "
     assert changed.fingerprint != renderer.fingerprint
+
+
+def test_the_library_and_the_suffix_rule_make_the_same_ids(shared_data: Path) -> None:
+    """Two implementations of one format, over random transcripts with hostile text."""
+    folder = shared_data / "tokenizers" / "qwen3"
+    library, rule = load_renderer(folder, family="qwen3"), load_renderer(folder)
+    assert type(library) is not type(rule)
+    for seed in range(100):
+        ours, theirs = play(rule, seed, hostile=True)[0], play(library, seed, hostile=True)[0]
+        assert ours.token_ids == theirs.token_ids
+        assert ours.loss_mask == theirs.loss_mask
+    assert library.self_test(TOOLS) == []
