@@ -129,8 +129,9 @@ def main() -> None:
         renderer = load_renderer(arguments.tokenizer or folder)
     call = '<tool_call>\n{"name": "look", "arguments": {"query": "the page number"}}\n</tool_call>'
     ids = [*renderer.encode(call), renderer.close_id]
-    port = multiprocessing.Value("i", 0)
-    server = multiprocessing.get_context("spawn").Process(target=serve, args=(ids, port), daemon=True)
+    spawn = multiprocessing.get_context("spawn")
+    port = spawn.Value("i", 0)
+    server = spawn.Process(target=serve, args=(ids, port), daemon=True)
     server.start()
     while port.value == 0:
         time.sleep(0.05)

@@ -1,0 +1,241 @@
+"""Episode files: append-only JSONL, one episode a line (docs/episodes.md, agent_loop/episode.schema.json).
+
+A line is complete or it is no episode: what a crash tore is told apart from what was written whole. `null` is "not
+computed" and comes back as None.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from agent_loop.types import (
+    SCHEMA_VERSION,
+    ClassSpan,
+    Episode,
+    EpisodeError,
+    Segment,
+    SegmentSource,
+    TokenClass,
+    TokenTrace,
+    TopK,
+    Turn,
+)
+from envs.types import AssistantMessage, StopReason, Task
+from tools.types import ToolCall, ToolError, ToolErrorKind, ToolResult
+
+
+@dataclass(frozen=True, slots=True)
+class BadLine:
+    """A line that is no episode of this version."""
+
+    line_number: int
+    reason: str
+
+
+class EpisodeWriter:
+    """Appends episodes to one file. Writing an id that is there already does nothing.
+
+    Args:
+        path: made if it is not there; a line that a crash tore is closed off first.
+        fsync: make every episode durable at once, for a disk's worth of time each.
+    """
+
+    def __init__(self, path: Path, *, fsync: bool = False) -> None:
+        self.path = path
+        self._fsync = fsync
+        self._ids = {item.id for item in read_episodes(path) if isinstance(item, Episode)} if path.exists() else set()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torn = path.exists() and path.stat().st_size > 0 and not _ends_in_newline(path)
+        self._file = path.open("a", encoding="utf-8")
+        if torn:
+            self._file.write("\n")
+
+    def append(self, episode: Episode) -> None:
+        """Write one line, whole."""
+        if episode.id in self._ids:
+            return
+        self._ids.add(episode.id)
+        self._file.write(json.dumps(episode_to_json(episode), allow_nan=False, separators=(",", ":")) + "\n")
+        self._file.flush()
+        if self._fsync:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def _ends_in_newline(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
+
+
+def read_episodes(path: Path) -> Iterator[Episode | BadLine]:
+    """All lines of a file, in order: an episode, or why it is none."""
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            if not raw.strip():
+                continue
+            try:
+                yield episode_from_json(json.loads(raw))
+            except RecursionError:
+                yield BadLine(number, "nested too deeply")
+            except ValueError as error:
+                torn = "" if raw.endswith(b"\n") else "torn: "
+                yield BadLine(number, f"{torn}{error}"[:500])
+
+
+def episode_to_json(episode: Episode) -> dict[str, Any]:
+    """The JSON object of an episode. Arrays of numbers stay lists of their own, not objects a token."""
+    task = episode.task
+    return {
+        "schema_version": episode.schema_version,
+        "id": episode.id,
+        "env_id": episode.env_id,
+        "stop_reason": episode.stop_reason.value,
+        "reward": episode.reward,
+        "rewards": episode.rewards,
+        "error": asdict(episode.error) if episode.error else None,
+        "policy_version": episode.policy_version,
+        "seed": episode.seed,
+        "timing": episode.timing,
+        "metadata": episode.metadata,
+        "task": {
+            "id": task.id,
+            "messages": list(task.messages),
+            "metadata": task.metadata,
+            "rewards": list(task.rewards),
+            "tools": None if task.tools is None else list(task.tools),
+        },
+        "turns": [_turn_to_json(turn) for turn in episode.turns],
+        "traces": [_trace_to_json(trace) for trace in episode.traces],
+    }
+
+
+def _turn_to_json(turn: Turn) -> dict[str, Any]:
+    return {
+        "index": turn.index,
+        "message": asdict(turn.message),
+        "text": turn.text,
+        "observation": list(turn.observation),
+        "tool_results": [asdict(result) for result in turn.tool_results],
+        "trace": turn.trace,
+        "start": turn.start,
+        "end": turn.end,
+        "finish_reason": turn.finish_reason,
+        "policy_version": turn.policy_version,
+        "token_classes": [[span.token_class.value, span.start, span.end] for span in turn.token_classes],
+        "num_parse_errors": turn.num_parse_errors,
+        "sample_s": turn.sample_s,
+        "env_s": turn.env_s,
+    }
+
+
+def _trace_to_json(trace: TokenTrace) -> dict[str, Any]:
+    return {
+        "token_ids": trace.token_ids,
+        "loss_mask": [int(trained) for trained in trace.loss_mask],
+        "sampling_logprobs": trace.sampling_logprobs,
+        "teacher_logprobs": trace.teacher_logprobs,
+        "teacher_topk": asdict(trace.teacher_topk) if trace.teacher_topk else None,
+        "segments": [[s.source.value, s.turn, s.start, s.end] for s in trace.segments],
+    }
+
+
+def episode_from_json(value: Any) -> Episode:
+    """Read one line's object back.
+
+    Raises:
+        ValueError: another schema version, a missing key, a wrong type, or a trace that breaks an invariant.
+    """
+    if not isinstance(value, dict) or "schema_version" not in value:
+        raise ValueError("no episode: it has no schema_version")
+    if value["schema_version"] != SCHEMA_VERSION:
+        raise ValueError(f"schema_version {value['schema_version']!r}; this version reads {SCHEMA_VERSION}")
+    try:
+        task = value["task"]
+        return Episode(
+            id=_text(value["id"]),
+            env_id=_text(value["env_id"]),
+            task=Task(
+                id=_text(task["id"]),
+                messages=tuple(task["messages"]),
+                metadata=task["metadata"],
+                rewards=tuple(task["rewards"]),
+                tools=None if task["tools"] is None else tuple(task["tools"]),
+            ),
+            turns=[_turn_from_json(turn) for turn in value["turns"]],
+            traces=[_trace_from_json(trace) for trace in value["traces"]],
+            stop_reason=StopReason(value["stop_reason"]),
+            reward=value["reward"],
+            rewards=value["rewards"],
+            error=EpisodeError(**value["error"]) if value["error"] is not None else None,
+            policy_version=value["policy_version"],
+            seed=value["seed"],
+            timing=value["timing"],
+            metadata=value["metadata"],
+        )
+    except KeyError as error:
+        raise ValueError(f"no episode: {error} is missing") from error
+    except (TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"no episode: {error}") from error
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"wanted text, found {type(value).__name__}")
+    return value
+
+
+def _turn_from_json(value: dict[str, Any]) -> Turn:
+    message = value["message"]
+    return Turn(
+        index=value["index"],
+        message=AssistantMessage(
+            content=message["content"],
+            reasoning=message["reasoning"],
+            tool_calls=tuple(ToolCall(**call) for call in message["tool_calls"]),
+            finished=message["finished"],
+        ),
+        text=value["text"],
+        observation=tuple(value["observation"]),
+        tool_results=tuple(_result_from_json(result) for result in value["tool_results"]),
+        trace=value["trace"],
+        start=value["start"],
+        end=value["end"],
+        finish_reason=value["finish_reason"],
+        policy_version=value["policy_version"],
+        token_classes=tuple(
+            ClassSpan(token_class=TokenClass(name), start=start, end=end) for name, start, end in value["token_classes"]
+        ),
+        num_parse_errors=value["num_parse_errors"],
+        sample_s=value["sample_s"],
+        env_s=value["env_s"],
+    )
+
+
+def _result_from_json(value: dict[str, Any]) -> ToolResult:
+    error = value["error"]
+    found = ToolError(kind=ToolErrorKind(error["kind"]), message=error["message"]) if error is not None else None
+    return ToolResult(**{**value, "error": found})
+
+
+def _trace_from_json(value: dict[str, Any]) -> TokenTrace:
+    return TokenTrace(
+        token_ids=value["token_ids"],
+        loss_mask=[bool(trained) for trained in value["loss_mask"]],
+        sampling_logprobs=value["sampling_logprobs"],
+        segments=[
+            Segment(source=SegmentSource(source), turn=turn, start=start, end=end)
+            for source, turn, start, end in value["segments"]
+        ],
+        teacher_logprobs=value["teacher_logprobs"],
+        teacher_topk=TopK(**value["teacher_topk"]) if value["teacher_topk"] is not None else None,
+    )
