@@ -1,0 +1,124 @@
+"""Rows of the loss from traces."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from training_cases import make_episode, make_episodes
+
+from agent_loop.types import TokenClass
+from distill.batch import collate, group_advantages, items_of, split_micro_batches
+
+
+def test_every_trained_token_has_the_row_that_predicts_it() -> None:
+    episodes = make_episodes(7, top_k=3)
+    items = items_of(episodes, [float(i) for i in range(7)])
+    batch = collate(items)
+    n = 0
+    for b, item in enumerate(items):
+        trace = item.trace
+        assert trace.teacher_logprobs is not None
+        assert trace.teacher_topk is not None
+        for i, trained in enumerate(trace.loss_mask):
+            if not trained:
+                continue
+            assert (int(batch.seq_N[n]), int(batch.pos_N[n])) == (b, i - 1)
+            assert int(batch.targets_N[n]) == trace.token_ids[i]
+            assert int(batch.input_ids_BT[b, i - 1]) == trace.token_ids[i - 1]
+            assert float(batch.sampling_logprobs_N[n]) == pytest.approx(trace.sampling_logprobs[i])
+            assert float(batch.teacher_logprobs_N[n]) == pytest.approx(trace.teacher_logprobs[i])
+            assert batch.topk_ids_NK is not None
+            assert batch.topk_ids_NK[n].tolist() == trace.teacher_topk.token_ids[i]
+            segment = next(s for s in trace.segments if s.start <= i < s.end)
+            assert int(batch.turns_N[n]) == segment.turn
+            first = (TokenClass.THINK, TokenClass.CALL)[segment.turn]
+            token_class = first if i == segment.start else TokenClass.ANSWER
+            assert tuple(TokenClass)[int(batch.classes_N[n])] is token_class
+            assert int(batch.episodes_N[n]) == item.episode_index == float(batch.advantages_N[n])
+            n += 1
+    assert n == batch.num_trained == sum(i.trace.num_trained for i in items)
+    for b, length in enumerate(batch.lengths_B.tolist()):
+        assert length == items[b].num_inputs
+        assert batch.input_ids_BT[b, :length].tolist() == items[b].trace.token_ids[:length]
+        assert not batch.input_ids_BT[b, length:].any()
+
+
+def test_micro_batches_hold_every_trace_once_within_the_budget() -> None:
+    items = items_of(make_episodes(40))
+    groups = split_micro_batches(items, 100)
+    assert len(groups) > 1
+    assert sorted(i.episode_index for g in groups for i in g) == list(range(40))
+    for group in groups:
+        assert len(group) == 1 or len(group) * max(i.num_inputs for i in group) <= 100
+    assert [len(g) for g in split_micro_batches(items, 1)] == [1] * 40
+    assert len(split_micro_batches(items, 10**9)) == 1
+    assert split_micro_batches([], 100) == []
+
+
+def test_traces_without_a_trained_token_are_left_out() -> None:
+    episodes = make_episodes(2)
+    episodes[0].traces[0].loss_mask = [False] * len(episodes[0].traces[0])
+    assert [i.episode_index for i in items_of(episodes)] == [1]
+    with pytest.raises(ValueError, match="no traces"):
+        collate([])
+
+
+@pytest.mark.parametrize("name", ["teacher", "sampling"])
+def test_a_missing_score_is_refused_never_zero(name: str) -> None:
+    episode = make_episode(3, rng=random.Random(0))
+    trace = episode.traces[0]
+    i = trace.loss_mask.index(True)
+    getattr(trace, f"{name}_logprobs")[i] = None
+    with pytest.raises(ValueError, match=rf"1/task3/0.*token {i} .* no {name} log-probability \(1 of"):
+        collate(items_of([episode]))
+
+
+def test_an_unscored_trace_and_a_trained_first_token_are_refused() -> None:
+    episode = make_episode(0, rng=random.Random(0))
+    episode.traces[0].teacher_logprobs = None
+    with pytest.raises(ValueError, match="has not scored"):
+        collate(items_of([episode]))
+    episode = make_episode(0, rng=random.Random(0))
+    episode.traces[0].loss_mask[0] = True
+    with pytest.raises(ValueError, match="nothing predicts it"):
+        collate(items_of([episode]))
+
+
+def test_ragged_missing_or_doubled_candidates_are_refused() -> None:
+    for change in ("missing", "ragged", "doubled", "none"):
+        episodes = make_episodes(2, top_k=3)
+        topk = episodes[1].traces[0].teacher_topk
+        assert topk is not None
+        i = episodes[1].traces[0].loss_mask.index(True)
+        ids = topk.token_ids[i]
+        assert ids is not None
+        if change == "missing":
+            topk.token_ids[i] = None
+        elif change == "ragged":
+            ids.pop()
+        elif change == "doubled":
+            ids[0] = ids[1]
+        else:
+            episodes[1].traces[0].teacher_topk = None
+        with pytest.raises(ValueError, match=r"task1.*candidates"):
+            collate(items_of(episodes))
+
+
+def test_advantages_are_centred_in_their_group() -> None:
+    episodes = make_episodes(4)
+    for episode, task, reward in zip(episodes, "aabb", (1.0, 0.0, 1.0, 1.0), strict=True):
+        episode.task = type(episode.task)(messages=episode.task.messages, id=task)
+        episode.reward = reward
+    assert group_advantages(episodes) == [0.5, -0.5, 0.0, 0.0]
+    episodes[2].reward = None
+    with pytest.raises(ValueError, match=r"task2.*skip_verification"):
+        group_advantages(episodes)
+
+
+def test_collation_is_in_the_order_of_its_items() -> None:
+    items = items_of(make_episodes(5))
+    forward, backward = collate(items), collate(items[::-1])
+    assert torch.equal(forward.lengths_B, backward.lengths_B.flip(0))
+    assert sorted(forward.targets_N.tolist()) == sorted(backward.targets_N.tolist())
