@@ -9,6 +9,8 @@ exception and never "no call". Nothing here evaluates anything; time is linear i
 from __future__ import annotations
 
 import json
+import math
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +21,11 @@ from tools.types import ToolCall
 
 MAX_CALL_CHARS = 100_000
 """A longer call is malformed; no tool takes arguments of that size."""
+
+MAX_TOKENS_A_CHARACTER = 8
+
+MAX_CALL_DEPTH = 64
+"""Nested objects and lists of a call; deeper ones only serve to exhaust somebody's stack."""
 
 WANTED = 'write <tool_call>{"name": <tool>, "arguments": {<arguments>}}</tool_call>'
 
@@ -42,13 +49,15 @@ class ParsedTurn:
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """Tokens [start, end) of one class. `body` is the text without tags; `closed` is False without an end tag."""
+    """Tokens [start, end) of one class. `body` is the text without tags; `opened` and `closed` are False without a
+    start or an end tag."""
 
     token_class: TokenClass
     start: int
     end: int
     body: str
     closed: bool = True
+    opened: bool = True
 
 
 class HermesParser:
@@ -86,7 +95,9 @@ class HermesParser:
         reasoning: list[str] = []
         for region in regions:
             if region.token_class is TokenClass.CALL:
-                calls.append(read_call(region.body, f"call_{turn}_{len(calls)}", closed=region.closed))
+                calls.append(
+                    read_call(region.body, f"call_{turn}_{len(calls)}", opened=region.opened, closed=region.closed)
+                )
             elif region.token_class is TokenClass.THINK:
                 reasoning.append(region.body)
             else:
@@ -107,31 +118,51 @@ class HermesParser:
     def _regions(self, ids: list[int]) -> list[Region]:
         finder = _IdFinder(ids, self._decode) if self._call[0].id is not None else _TextFinder(ids, self._decode)
         regions: list[Region] = []
+        ahead: dict[str, tuple[int, int] | None] = {}
+
+        def next_of(tag: Tag) -> tuple[int, int] | None:
+            # What was found ahead stays true until it is passed: each tag is searched for once over the whole text.
+            found = ahead.get(tag.text, (-1, -1))
+            if found is not None and found[0] < position:
+                found = ahead[tag.text] = finder.find(tag, position)
+            return found
+
+        def answer(end: int) -> None:
+            if end > position:
+                regions.append(finder.region(TokenClass.ANSWER, position, end, position, end))
+
         position = 0
-        opened = finder.find(self._think[0], 0)
-        thinking = self._starts_thinking or (opened is not None and not finder.text(0, opened[0]).strip())
-        if thinking:
-            begin = opened[1] if opened is not None and not self._starts_thinking else 0
-            closed = finder.find(self._think[1], begin)
-            if closed is None:
-                return [finder.region(TokenClass.THINK, 0, finder.end, begin, finder.end, closed=False)]
-            regions.append(finder.region(TokenClass.THINK, 0, closed[1], begin, closed[0]))
-            position = closed[1]
+        opened, closed = next_of(self._think[0]), next_of(self._think[1])
+        # Thinking may have been begun by the prompt; some models leave out the opening tag.
+        thinking = self._starts_thinking or (closed is not None and (opened is None or closed < opened))
+        begin = 0
+        if thinking and opened is not None and (closed is None or opened < closed):
+            begin = opened[1] if not finder.text(0, opened[0]).strip() else 0
         while True:
-            start = finder.find(self._call[0], position)
-            if start is None:
-                break
-            if start[0] > position:
-                regions.append(finder.region(TokenClass.ANSWER, position, start[0], position, start[0]))
-            end = finder.find(self._call[1], start[1])
-            if end is None:
-                regions.append(finder.region(TokenClass.CALL, start[0], finder.end, start[1], finder.end, closed=False))
+            if thinking:
+                closed = next_of(self._think[1])
+                end, after = closed or (finder.end, finder.end)
+                regions.append(finder.region(TokenClass.THINK, position, after, begin, end, closed=closed is not None))
+                position, thinking = after, False
+                continue
+            opened, start, end_tag = next_of(self._think[0]), next_of(self._call[0]), next_of(self._call[1])
+            found = min((at for at in (opened, start, end_tag) if at is not None), default=None)
+            if found is None:
+                answer(finder.end)
                 return regions
-            regions.append(finder.region(TokenClass.CALL, start[0], end[1], start[1], end[0]))
-            position = end[1]
-        if position < finder.end:
-            regions.append(finder.region(TokenClass.ANSWER, position, finder.end, position, finder.end))
-        return regions
+            if found == end_tag:  # a call of which only the end is tagged: malformed, not an answer
+                regions.append(finder.region(TokenClass.CALL, position, found[1], position, found[0], opened=False))
+                position = found[1]
+                continue
+            answer(found[0])
+            position = found[0]
+            if found == opened:
+                thinking, begin = True, found[1]
+                continue
+            close = next_of(self._call[1])
+            end, after = close or (finder.end, finder.end)
+            regions.append(finder.region(TokenClass.CALL, position, after, found[1], end, closed=close is not None))
+            position = after
 
 
 class _IdFinder:
@@ -155,18 +186,27 @@ class _IdFinder:
         return self._decode(self._ids[start:end])
 
     def region(
-        self, token_class: TokenClass, start: int, end: int, begin: int, stop: int, *, closed: bool = True
+        self,
+        token_class: TokenClass,
+        start: int,
+        end: int,
+        begin: int,
+        stop: int,
+        *,
+        closed: bool = True,
+        opened: bool = True,
     ) -> Region:
-        return Region(token_class, start, end, self.text(begin, stop), closed)
+        return Region(token_class, start, end, self.text(begin, stop), closed, opened)
 
 
 class _TextFinder:
-    """Positions are characters of the decoded text; a tag is its letters. Token indices are found by bisection."""
+    """Positions are characters of the decoded text; a tag is its letters."""
 
     def __init__(self, ids: list[int], decode: Callable[[Sequence[int]], str]) -> None:
         self._ids = ids
         self._decode = decode
         self._text = decode(ids)
+        self._starts: list[int] = []
         self.end = len(self._text)
 
     def find(self, tag: Tag, start: int) -> tuple[int, int] | None:
@@ -177,31 +217,60 @@ class _TextFinder:
         return self._text[start:end]
 
     def region(
-        self, token_class: TokenClass, start: int, end: int, begin: int, stop: int, *, closed: bool = True
+        self,
+        token_class: TokenClass,
+        start: int,
+        end: int,
+        begin: int,
+        stop: int,
+        *,
+        closed: bool = True,
+        opened: bool = True,
     ) -> Region:
-        return Region(token_class, self._token(start), self._token(end), self._text[begin:stop], closed)
+        return Region(token_class, self._token(start), self._token(end), self._text[begin:stop], closed, opened)
 
     def _token(self, character: int) -> int:
         """The first token that begins at or after a character."""
-        if character >= self.end:
-            return len(self._ids)
-        low, high = 0, len(self._ids)
-        while low < high:
-            middle = (low + high) // 2
-            if len(self._decode(self._ids[:middle])) < character:
-                low = middle + 1
-            else:
-                high = middle
-        return low
+        if character <= 0 or character >= self.end:
+            return 0 if character <= 0 else len(self._ids)
+        if not self._starts:
+            self._starts = _character_starts(self._ids, self._decode)
+        return min(bisect_left(self._starts, character), len(self._ids))
 
 
-def read_call(text: str, call_id: str, *, closed: bool = True) -> ToolCall:
-    """One call from the text between its tags."""
+def _character_starts(ids: list[int], decode: Callable[[Sequence[int]], str]) -> list[int]:
+    """The character at which each token begins, in linear time.
+
+    Tokens are decoded behind the few before them, as a streaming server does: some tokenizers write a space only
+    between words, and one character may be spread over several tokens, which then all begin where it does.
+    """
+    starts: list[int] = []
+    character, context, done = 0, 0, 0
+    known = ""  # text of ids[context:done]
+    for index in range(len(ids)):
+        starts.append(character)
+        text = decode(ids[context : index + 1])
+        if text.endswith("\ufffd") and index - done < MAX_TOKENS_A_CHARACTER:
+            continue
+        character += len(text) - len(known)
+        context, done = done, index + 1
+        known = decode(ids[context:done])
+    return starts
+
+
+def read_call(text: str, call_id: str, *, closed: bool = True, opened: bool = True) -> ToolCall:
+    """One call from the text between its tags.
+
+    Strict: `arguments` is an object (not a string that holds one), every number finite, no key twice, no lone
+    surrogate, at most `MAX_CALL_DEPTH` deep. Whatever is not so is a `ToolCall` with a `parse_error`.
+    """
     raw = text.strip()
 
     def malformed(reason: str, name: str = "") -> ToolCall:
         return ToolCall(id=call_id, name=name, arguments=None, raw=text, parse_error=f"{reason}; {WANTED}")
 
+    if not opened:
+        return malformed("the call has no <tool_call> before it")
     if not closed:
         return malformed("the call has no </tool_call>")
     if len(raw) > MAX_CALL_CHARS:
@@ -219,18 +288,52 @@ def read_call(text: str, call_id: str, *, closed: bool = True) -> ToolCall:
         return malformed('the call has no "name"')
     extra = sorted(set(value) - {"name", "arguments"})
     if extra:
-        return malformed(f"the call has unknown keys {extra}", name)
+        return malformed(f"the call has unknown keys {', '.join(map(_shown, extra[:5]))}", name)
     arguments = value.get("arguments", {})
     if not isinstance(arguments, dict):
         return malformed(f'"arguments" is a JSON {type(arguments).__name__}, not an object', name)
+    problem = _problem(value)
+    if problem:
+        return malformed(problem, "" if _is_torn(name) else name)
     return ToolCall(id=call_id, name=name, arguments=arguments, raw=text)
+
+
+def _problem(value: Any) -> str | None:
+    """What JSON allows and no tool, file or template can take; the walk keeps its own stack."""
+    todo: list[tuple[Any, int]] = [(value, 1)]
+    while todo:
+        item, depth = todo.pop()
+        if depth > MAX_CALL_DEPTH + 1:
+            return f"the call is nested more than {MAX_CALL_DEPTH} deep"
+        if isinstance(item, float) and not math.isfinite(item):
+            return "a number of the call is too large"
+        if isinstance(item, str) and _is_torn(item):
+            return "a text of the call has half of a surrogate pair"
+        if isinstance(item, dict):
+            todo.extend((key, depth + 1) for key in item)
+            todo.extend((part, depth + 1) for part in item.values())
+        elif isinstance(item, list):
+            todo.extend((part, depth + 1) for part in item)
+    return None
+
+
+def _is_torn(text: str) -> bool:
+    """True if the text has a lone surrogate, which no encoding can write."""
+    return not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text)
+
+
+def _shown(key: str) -> str:
+    return repr(key if len(key) <= 40 else key[:40] + "…")
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"key {next(n for n in names if names.count(n) > 1)!r} is there twice")
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"key {_shown(name)} is there twice")
+            seen.add(name)
     return found
 
 

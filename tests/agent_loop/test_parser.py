@@ -31,6 +31,13 @@ GOOD = '{"name": "add", "arguments": {"a": 1}}'
         ('{"name": "add", "arguments": {"a": 1, "a": 2}}', "'a' is there twice"),
         ('{"name": "add", "name": "sub"}', "'name' is there twice"),
         ('{"name": "add", "arguments": {}, "id": 7}', "unknown keys"),
+        ('{"name": "add", "arguments": {"a": 1e999}}', "too large"),
+        ('{"name": "add", "arguments": {"a": -1e999}}', "too large"),
+        ('{"name": "add", "arguments": {"a": "\\ud800"}}', "half of a surrogate pair"),
+        ('{"name": "\\udc00", "arguments": {}}', "half of a surrogate pair"),
+        ('{"name": "add", "arguments": {"\\ud800": 1}}', "half of a surrogate pair"),
+        ('{"name": "add", "arguments": {"a": ' + "[" * 70 + "]" * 70 + "}}", "more than 64 deep"),
+        ('{"name": "add", "arguments": {"a": ' + "1" * 5000 + "}}", "not valid JSON"),
         ("__import__('os').system('true')", "not valid JSON"),
         ('{"name": "add", "arguments": {"a": ' + "[" * 20_000 + "}}", ""),
         ('{"name": "add", "arguments": {"a": "' + "x" * 200_000 + '"}}', "more than 100000"),
@@ -42,10 +49,6 @@ def test_a_malformed_call_says_what_is_wrong_and_how_to_write_it(text: str, reas
     assert call.parse_error is not None
     assert reason in call.parse_error
     assert "<tool_call>" in call.parse_error
-
-
-def test_a_number_beyond_all_bounds_is_refused_by_the_tool_not_by_a_crash() -> None:
-    assert read_call('{"name": "add", "arguments": {"a": 1e999}}', "c").arguments == {"a": float("inf")}
 
 
 def test_calls_and_answer_in_order(renderer: Renderer) -> None:
@@ -98,8 +101,70 @@ def test_any_ids_are_parsed_and_their_classes_tile_them(renderer: Renderer, data
     assert position == len(ids)
 
 
-def test_parsing_takes_linear_time(renderer: Renderer) -> None:
-    ids = renderer.encode("<tool_call>" * 2000)
-    began = time.monotonic()
+def test_a_call_without_its_opening_tag_is_malformed_and_not_an_answer(renderer: Renderer) -> None:
+    turn = renderer.parse([*renderer.encode(f"{GOOD}</tool_call>"), renderer.close_id], 0, "stop")
+    (call,) = turn.message.tool_calls
+    assert "no <tool_call> before it" in (call.parse_error or "")
+    assert turn.message.content == ""
+
+
+def has_thinking(renderer: Renderer) -> bool:
+    """Whether tags of thinking are recognised: as tokens, or as letters where the tags of calls are letters."""
+    return "</think>" in renderer.tokenizer.get_added_vocab() or renderer._parser._call[0].id is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"I could <tool_call>{GOOD}</tool_call>\n</think>\n\nNo.",  # the opening tag left out
+        f"Hm. <think>or <tool_call>{GOOD}</tool_call></think> No.",  # thinking after some words
+        f"<think>a</think><think><tool_call>{GOOD}</tool_call></think> No.",  # thinking twice
+        f"<think>or <tool_call>{GOOD}</tool_call>",  # cut off inside
+    ],
+)
+def test_no_call_comes_of_thinking_wherever_it_stands(renderer: Renderer, text: str) -> None:
+    if not has_thinking(renderer):
+        pytest.skip("this tokenizer has tags for calls but none for thinking")
+    turn = renderer.parse(renderer.encode(text), 0, "stop")
+    assert turn.message.tool_calls == ()
+    assert GOOD in (turn.message.reasoning or "")
+    assert turn.message.content.replace("Hm.", "").strip() in ("No.", "")
+
+
+def test_a_thought_after_a_call_takes_nothing_from_it(renderer: Renderer) -> None:
+    if not has_thinking(renderer):
+        pytest.skip("this tokenizer has tags for calls but none for thinking")
+    turn = renderer.parse(renderer.encode(f"<tool_call>{GOOD}</tool_call><think>so</think>"), 0, "stop")
+    assert [call.arguments for call in turn.message.tool_calls] == [{"a": 1}]
+    assert turn.message.reasoning == "so"
+
+
+def test_token_classes_are_found_behind_characters_of_many_tokens(renderer: Renderer) -> None:
+    """The tokens of a call are those that decode to it, whatever stands before it."""
+    for before in ("", "🙂患者 é ", "a  b\n\n", "\u0301"):
+        ids = renderer.encode(f"{before}<tool_call>\n{GOOD}\n</tool_call>")
+        turn = renderer.parse(ids, 0, "length")
+        (span,) = [s for s in turn.token_classes if s.token_class is TokenClass.CALL]
+        text = renderer.decode(ids[span.start : span.end])
+        assert text.endswith("</tool_call>")
+        assert GOOD in text
+        assert text.startswith(("<tool_call>", "tool_call>"))  # a tokenizer may join " <"
+
+
+@pytest.mark.parametrize(
+    "unit",
+    ["<tool_call>", f"<tool_call>{GOOD}</tool_call>", "</tool_call>", "</think>", "<think>", "<think></think>", "🙂"],
+)
+def test_parsing_takes_linear_time(renderer: Renderer, unit: str) -> None:
+    ids = renderer.encode(unit * 2000)
+    began = time.process_time()
     renderer.parse(ids, 0, "length")
-    assert time.monotonic() - began < 5.0
+    assert time.process_time() - began < 5.0
+
+
+def test_many_keys_take_linear_time() -> None:
+    keys = ",".join(f'"{i:x}":1' for i in range(11_000))
+    began = time.process_time()
+    call = read_call(f'{{"name": "add", "arguments": {{{keys}, "2af7": 2}}}}', "c")
+    assert "'2af7' is there twice" in (call.parse_error or "")
+    assert time.process_time() - began < 0.5
