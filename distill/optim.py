@@ -60,12 +60,13 @@ class Optimizer:
             parameter.grad = None
 
     def clip(self) -> float:
-        """Scale the gradients down to `max_grad_norm`; returns their norm before, which may be non-finite."""
+        """Scale the gradients down to `max_grad_norm`; returns their norm before. One that is not finite scales nothing."""
         gradients = [p.grad for p in self._masters.values() if p.grad is not None]
         if not gradients:
             return 0.0
         norm = torch.nn.utils.get_total_norm(gradients)
-        torch.nn.utils.clip_grads_with_norm_(self._masters.values(), self._config.max_grad_norm, norm)
+        if bool(norm.isfinite()):  # else the scale would spread it to all parameters
+            torch.nn.utils.clip_grads_with_norm_(self._masters.values(), self._config.max_grad_norm, norm)
         return float(norm)
 
     def non_finite(self) -> list[str]:

@@ -33,9 +33,12 @@ class RowModel:
         to be called. Compared, not looked up: a list of models would never be complete."""
         vocab_size = self._head.weight.shape[0]
         ids_BT = (torch.arange(8, device=self.device) * 7 % vocab_size)[None]
-        wanted_TV = self.model(input_ids=ids_BT, use_cache=False).logits[0].float()
+        wanted_TV = self.model(input_ids=ids_BT, use_cache=False).logits[0]
         found_TV = self.head(self._decoder(input_ids=ids_BT, use_cache=False).last_hidden_state[0])
-        return found_TV.shape == wanted_TV.shape and torch.allclose(found_TV, wanted_TV, rtol=1e-2, atol=1e-2)
+        # Wrongly "no" costs memory, wrongly "yes" trains on other logits: as tight as one rounding of bfloat16 allows.
+        return found_TV.shape == wanted_TV.shape and torch.allclose(
+            found_TV, wanted_TV.to(found_TV.dtype), rtol=5e-3, atol=1e-4
+        )
 
     def features(self, ids_BT: torch.Tensor, seq_N: torch.Tensor, pos_N: torch.Tensor) -> torch.Tensor:
         """[N, H] what `head` takes. Padding on the right needs no mask: attention is causal."""

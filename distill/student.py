@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -274,6 +274,7 @@ class Student:
             else:
                 dtype = next(iter(self.parameters.values())).dtype
                 saved = AutoModelForCausalLM.from_pretrained(checkpoint.path / "model", dtype=dtype)
+                _same_shapes(saved.state_dict(), self._causal_lm.state_dict())
                 self._causal_lm.load_state_dict(saved.state_dict())
             self.optimizer.load_state(load_file(checkpoint.path / "optimizer.safetensors"))
         except (ValueError, RuntimeError, OSError) as error:
@@ -282,14 +283,7 @@ class Student:
 
     @torch.no_grad()
     def _load_adapter(self, tensors: dict[str, torch.Tensor]) -> None:
-        if tensors.keys() != self.parameters.keys():
-            odd = sorted(tensors.keys() ^ self.parameters.keys())
-            raise ValueError(f"adapter: {odd[0]!r} and {len(odd) - 1} more are only in one of checkpoint and model")
-        for name, tensor in tensors.items():
-            if tensor.shape != self.parameters[name].shape:
-                raise ValueError(
-                    f"adapter: {name!r} has shape {list(tensor.shape)}, not {list(self.parameters[name].shape)}"
-                )
+        _same_shapes(tensors, self.parameters)
         for name, tensor in tensors.items():
             self.parameters[name].copy_(tensor)
 
@@ -329,6 +323,14 @@ def _slice(batch: Batch, start: int, end: int) -> Batch:
         if field.name.endswith(("_N", "_NK")) and (value := getattr(batch, field.name)) is not None
     }
     return dataclasses.replace(batch, **changes)
+
+
+def _same_shapes(saved: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> None:
+    if odd := sorted(saved.keys() ^ own.keys()):
+        raise ValueError(f"{odd[0]!r} and {len(odd) - 1} more are only in one of checkpoint and model")
+    for name, tensor in saved.items():
+        if tensor.shape != own[name].shape:
+            raise ValueError(f"{name!r} has shape {list(tensor.shape)} there, {list(own[name].shape)} here")
 
 
 def _contiguous(tensors: dict[str, Any]) -> dict[str, torch.Tensor]:
