@@ -110,13 +110,10 @@ class Workplace:
         return done
 
     def start(self, *flags: str) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            self.command(*flags),
-            cwd=self.path,
-            env=self.environment(),
-            stdout=subprocess.DEVNULL,
-            stderr=(self.path / "stderr.txt").open("ab"),
-        )
+        with (self.path / "stderr.txt").open("ab") as log:
+            return subprocess.Popen(
+                self.command(*flags), cwd=self.path, env=self.environment(), stdout=subprocess.DEVNULL, stderr=log
+            )
 
     def command(self, *flags: str) -> list[str]:
         return [sys.executable, "-m", "distill.run", "--config", str(self.path / "run.toml"), *flags]

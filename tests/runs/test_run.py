@@ -87,10 +87,12 @@ def wait_for(condition, *, process_of: Workplace, timeout: float = 90.0) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize("delay", [0.02, 0.4])
 def test_kill_nine_and_resume_end_as_if_nothing_had_happened(workplace: Workplace, delay: float) -> None:
-    """F1: killed at a random moment; weights and metrics are those of the uninterrupted run."""
+    """F1: killed at a random moment; weights and metrics are those of the uninterrupted run. Not to the last bit: which
+    requests share a forward pass depends on timing, and float32 sums depend on that. AdamW turns such noise in a
+    gradient near zero into up to a learning rate's worth of difference, so the learning rate is small here."""
     from safetensors.numpy import load_file
 
-    flags = ("--steps", "6", "--checkpoint.every", "2")
+    flags = ("--steps", "6", "--checkpoint.every", "2", "--optim.lr", "1e-4")
     workplace.run("--run-id", "whole", *flags, check=True)
     process = workplace.start("--run-id", "killed", *flags)
     killed = workplace.path / "runs" / "killed"
@@ -107,7 +109,8 @@ def test_kill_nine_and_resume_end_as_if_nothing_had_happened(workplace: Workplac
     for ours, theirs in zip(workplace.lines("killed"), workplace.lines("whole"), strict=True):
         for name, value in theirs.items():
             if not name.startswith(timings):
-                assert ours[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+                same = ours[name] is None if value is None else ours[name] == pytest.approx(value, rel=1e-4, abs=1e-5)
+                assert same, (name, ours[name], value)
     last = "checkpoints/step_000006"
     for file in (workplace.path / "runs" / "whole" / last).rglob("*.safetensors"):
         expected = load_file(file)
