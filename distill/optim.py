@@ -60,7 +60,10 @@ class Optimizer:
             parameter.grad = None
 
     def clip(self) -> float:
-        """Scale the gradients down to `max_grad_norm`; returns their norm before. One that is not finite scales nothing."""
+        """Scale the gradients down to `max_grad_norm`; returns their norm before.
+
+        A norm that is not finite scales nothing.
+        """
         gradients = [p.grad for p in self._masters.values() if p.grad is not None]
         if not gradients:
             return 0.0
