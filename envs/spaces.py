@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -64,7 +65,11 @@ class AssistantSpace(gymnasium.Space[AssistantMessage]):
         return AssistantMessage(content="", tool_calls=tuple(calls))
 
     def contains(self, x: Any) -> bool:
-        return isinstance(x, AssistantMessage) and all(isinstance(call, ToolCall) for call in x.tool_calls)
+        return (
+            isinstance(x, AssistantMessage)
+            and isinstance(x.content, str)
+            and all(isinstance(call, ToolCall) for call in x.tool_calls)
+        )
 
     @property
     def is_np_flattenable(self) -> bool:
@@ -81,10 +86,11 @@ class AssistantSpace(gymnasium.Space[AssistantMessage]):
 
 
 def sample_schema(schema: dict[str, Any], root: dict[str, Any], random: np.random.Generator, depth: int = 0) -> Any:
-    """A value that satisfies a JSON schema of the kind that `tools.tool` makes.
+    """A value that satisfies a JSON schema of the kind that `tools.tool` makes. Of `pattern` and `format` it knows
+    nothing: such a string comes from the schema's `examples` or `default`, if it has them.
 
     Raises:
-        ValueError: for a schema without type, enum, const, anyOf or $ref: it would accept anything.
+        ValueError: for a type that JSON schema does not have.
     """
     if "$ref" in schema:
         return sample_schema(root["$defs"][schema["$ref"].rsplit("/", 1)[1]], root, random, depth + 1)
@@ -96,36 +102,82 @@ def sample_schema(schema: dict[str, Any], root: dict[str, Any], random: np.rando
         if union in schema:
             options = schema[union]
             # Deep inside a recursive schema the last option, by custom null, ends it.
-            return sample_schema(
-                options[-1 if depth > 4 else int(random.integers(len(options)))], root, random, depth + 1
-            )
-    match schema.get("type"):
+            index = len(options) - 1 if depth > 4 else int(random.integers(len(options)))
+            return sample_schema(options[index], root, random, depth + 1)
+    if "pattern" in schema or "format" in schema:
+        known = [*schema.get("examples", ()), *([schema["default"]] if "default" in schema else ())]
+        if known:
+            return known[int(random.integers(len(known)))]
+    match schema.get("type", "string"):  # without a type anything will do
         case "object":
-            known = schema.get("properties", {})
-            required = set(schema.get("required", ()))
-            return {
-                name: sample_schema(sub, root, random, depth + 1)
-                for name, sub in known.items()
-                if name in required or (depth < 4 and random.random() < 0.5)
-            }
+            return _sample_object(schema, root, random, depth)
         case "array":
-            low = int(schema.get("minItems", 0))
-            count = max(low, int(random.integers(0, 3)) if depth < 4 else low)
-            return [
-                sample_schema(schema.get("items", {"type": "string"}), root, random, depth + 1) for _ in range(count)
-            ]
+            return _sample_array(schema, root, random, depth)
         case "string":
             text = str(random.choice(WORDS))
             return text.ljust(int(schema.get("minLength", 0)), "x")[: int(schema.get("maxLength", 1000))]
         case "integer":
-            low, high = int(schema.get("minimum", -3)), int(schema.get("maximum", max(8, schema.get("minimum", 0) + 8)))
-            return int(random.integers(low, high + 1))
+            return _sample_integer(schema, random)
         case "number":
-            return float(random.uniform(float(schema.get("minimum", -3)), float(schema.get("maximum", 8))))
+            low, high = _bounds(schema)
+            # The middle half: the ends may be exclusive.
+            return float(random.uniform(low + (high - low) / 4, high - (high - low) / 4))
         case "boolean":
             return bool(random.random() < 0.5)
         case "null":
             return None
-    if schema == {} or "type" not in schema:
-        raise ValueError(f"cannot sample a value of the schema {schema}")
     raise ValueError(f"cannot sample a value of the type {schema['type']!r}")
+
+
+def _sample_object(schema: dict[str, Any], root: dict[str, Any], random: np.random.Generator, depth: int) -> Any:
+    known = schema.get("properties", {})
+    required = set(schema.get("required", ()))
+    values = {
+        name: sample_schema(sub, root, random, depth + 1)
+        for name, sub in known.items()
+        if name in required or (depth < 4 and random.random() < 0.5)
+    }
+    others = schema.get("additionalProperties")
+    if not known and isinstance(others, dict):
+        values |= {
+            f"key{i}": sample_schema(others, root, random, depth + 1) for i in range(_count(schema, random, depth))
+        }
+    return values
+
+
+def _sample_array(schema: dict[str, Any], root: dict[str, Any], random: np.random.Generator, depth: int) -> Any:
+    first = [sample_schema(sub, root, random, depth + 1) for sub in schema.get("prefixItems", ())]
+    items = schema.get("items", {})
+    if items is False:
+        return first
+    values = first + [
+        sample_schema(items, root, random, depth + 1) for _ in range(_count(schema, random, depth) - len(first))
+    ]
+    if schema.get("uniqueItems"):  # a set; a short one where its values run out
+        return list({json.dumps(value, sort_keys=True): value for value in values}.values())
+    return values
+
+
+def _count(schema: dict[str, Any], random: np.random.Generator, depth: int) -> int:
+    """How many entries of an array or an open object."""
+    low = int(schema.get("minItems", schema.get("minProperties", 0)))
+    high = int(schema.get("maxItems", schema.get("maxProperties", low + 2)))
+    return low if depth >= 4 else int(random.integers(low, min(high, low + 2) + 1))
+
+
+def _sample_integer(schema: dict[str, Any], random: np.random.Generator) -> int:
+    low, high = _bounds(schema)
+    first = math.floor(low) + 1 if "exclusiveMinimum" in schema else math.ceil(low)
+    last = math.ceil(high) - 1 if "exclusiveMaximum" in schema else math.floor(high)
+    step = int(schema.get("multipleOf", 1))
+    first = -(-first // step) * step
+    return first + step * int(random.integers((last - first) // step + 1))
+
+
+def _bounds(schema: dict[str, Any]) -> tuple[float, float]:
+    low = schema.get("minimum", schema.get("exclusiveMinimum"))
+    high = schema.get("maximum", schema.get("exclusiveMaximum"))
+    span = 10 * max(1, abs(int(schema.get("multipleOf", 1))))
+    if low is None:
+        low = high - span if high is not None else -3
+    return low, high if high is not None else low + span

@@ -16,6 +16,8 @@ thread. An instance plays one episode at a time; concurrent episodes have an ins
 
 from __future__ import annotations
 
+import copy
+import difflib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -40,6 +42,10 @@ TERMINATED = (StopReason.ANSWERED, StopReason.LAST_TOOL)
 OPEN_LIMITS = Limits()
 
 
+class EnvSetupError(ValueError):
+    """An environment that cannot be made as asked; the message names the argument and how to mend it."""
+
+
 class ToolEnv(gymnasium.Env[tuple[Message, ...], AssistantMessage]):
     """Base class of all environments. Override `tools` and `default_tasks`; the rest has defaults.
 
@@ -48,6 +54,9 @@ class ToolEnv(gymnasium.Env[tuple[Message, ...], AssistantMessage]):
             agent loop.
         tasks: what `reset` draws from when it is given no task: tasks, a JSONL file, or None for `default_tasks`.
         skip_verification: no grader is built or called, and `verify` refuses.
+
+    Raises:
+        EnvSetupError: `limits.max_calls_per_tool` names a tool that is not there.
     """
 
     def __init__(
@@ -63,13 +72,16 @@ class ToolEnv(gymnasium.Env[tuple[Message, ...], AssistantMessage]):
         self.limits = limits
         self.skip_verification = skip_verification
         self.toolbox = Toolbox(tuple(self.tools()), max_output_chars=limits.max_tool_output_chars)
+        self._check_limits()
         self.observation_space = MessagesSpace()
         self.action_space = AssistantSpace(self.toolbox.specs)
         self._given_tasks = tasks
         self._tasks: Sequence[Task] | None = None
         self._grader: Grader | None = None
         self._task: Task | None = None
-        self._ended = False
+        self._ended = True
+        self._stepping = False
+        self._episode_number = 0
         self.state: dict[str, Any] = {}
         """The episode's own values, shared by its tools (`tools.tool.State`); a fresh dict each episode, so that a
         late result of an earlier one cannot reach it."""
@@ -118,30 +130,39 @@ class ToolEnv(gymnasium.Env[tuple[Message, ...], AssistantMessage]):
 
         Args:
             seed: as in Gymnasium: seeds `self.np_random`.
-            options: `{"task": Task}` names the task; without it one of the environment's own is drawn.
+            options: `{"task": Task}` names the task; without it one of the environment's own is drawn. Other keys
+                are left to subclasses.
 
         Returns:
             The task's messages, and `{"task_id", "stop_reason": None}`.
 
         Raises:
             ValueError: no task given and none of its own; a task that names a tool which is not there.
+            TypeError: `options["task"]` is no `Task`.
         """
         gymnasium.Env.reset(self, seed=seed, options=options)
-        task = (options or {}).get("task") or self._draw()
+        given = (options or {}).get("task")
+        if given is not None and not isinstance(given, Task):
+            raise TypeError(f'options["task"] must be an envs.types.Task, found {type(given).__name__}')
+        task = given if given is not None else self._draw()
         unknown = set(task.tools or ()) - {spec.name for spec in self.toolbox.specs}
         if unknown:
             raise ValueError(
                 f"task {task.id!r} names tools that environment {self.env_id!r} has not: {sorted(unknown)}"
             )
         self._task = task
-        self._ended = False
+        self._ended = True  # until it is prepared: a step after a reset that failed is refused
+        self._stepping = False
+        self._episode_number += 1
         self._turns = 0
         self._calls: Counter[str] = Counter()
         self._parse_errors = 0
         self.state = {}
         self.messages = list(task.messages)
         await self.on_reset(task)
-        return task.messages, {"task_id": task.id, "stop_reason": None}
+        self._ended = False
+        # A copy: whoever changes what was observed must not change the task.
+        return copy.deepcopy(task.messages), {"task_id": task.id, "stop_reason": None}
 
     async def astep(self, action: AssistantMessage) -> StepOutcome:
         """Take one assistant message: run its calls, count, and say whether the episode goes on.
@@ -149,16 +170,32 @@ class ToolEnv(gymnasium.Env[tuple[Message, ...], AssistantMessage]):
         Budgets are looked at before a call runs. A call over a budget is answered with a `budget` error, and the
         episode ends. A malformed call is answered with what was wrong; it is never "no call". A message that was cut
         off (`finished` False) has its complete calls run like any other: whether to end there is up to the agent loop.
+
+        Raises:
+            ResetNeeded: before the first reset, after the end, while another step runs; and out of a step during which
+                the environment was reset: its late results belong to no episode and are dropped.
         """
         if self._task is None:
             raise ResetNeeded("step was called before reset")
+        if self._stepping:
+            raise ResetNeeded("a step is still running: wait for it; concurrent episodes have an instance each")
         if self._ended:
             raise ResetNeeded("the episode has ended: call reset before the next step")
+        number = self._episode_number
+        self._stepping = True
         self._turns += 1
         self.messages.append(action.to_message())
         num_malformed = sum(call.parse_error is not None for call in action.tool_calls)
         self._parse_errors += num_malformed
-        results, over = await self._run_calls(action.tool_calls)
+        try:
+            results, over = await self._run_calls(action.tool_calls)
+        except BaseException:
+            if number == self._episode_number:
+                self._ended, self._stepping = True, False
+            raise
+        if number != self._episode_number:
+            raise ResetNeeded("the environment was reset while this step ran; its results are dropped")
+        self._stepping = False
         stop = self._stop_reason(action, results, over, num_malformed)
         observation: tuple[Message, ...] = tuple(
             {"role": "tool", "tool_call_id": r.call_id, "name": r.name, "content": r.content} for r in results
@@ -206,6 +243,16 @@ class ToolEnv(gymnasium.Env[tuple[Message, ...], AssistantMessage]):
         run_in_background(self.aclose())
 
     # Inside
+
+    def _check_limits(self) -> None:
+        names = [spec.name for spec in self.toolbox.specs]
+        for name in self.limits.max_calls_per_tool:
+            if name not in names:
+                close = difflib.get_close_matches(name, names, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"its tools: {', '.join(names) or 'none'}"
+                raise EnvSetupError(
+                    f"limits.max_calls_per_tool names {name!r}, which {type(self).__name__} does not have; {hint}"
+                )
 
     def _draw(self) -> Task:
         if self._tasks is None:
@@ -262,7 +309,7 @@ class ToolEnv(gymnasium.Env[tuple[Message, ...], AssistantMessage]):
             return StopReason.PARSE_ERROR
         if over is not None:
             return over
-        if not action.tool_calls and (limits.termination_policy == "last_tool" or not self.toolbox.specs):
+        if not action.tool_calls and (limits.termination_policy == "last_tool" or not self.tool_specs):
             return StopReason.LAST_TOOL
         if self._turns >= limits.max_turns:
             return StopReason.MAX_TURNS

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict, get_args
 
 from tools.types import ToolCall, ToolResult
 
@@ -94,6 +94,18 @@ class Limits:
         for name in ("max_turns", "max_turn_tokens", "max_tool_output_chars"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Limits.{name} must be at least 1, got {getattr(self, name)}")
+        counts = {"max_tool_calls": self.max_tool_calls, "max_parse_errors": self.max_parse_errors}
+        counts |= {f"max_calls_per_tool[{name!r}]": count for name, count in self.max_calls_per_tool.items()}
+        for name, count in counts.items():
+            if count is not None and count < 0:
+                raise ValueError(f"Limits.{name} must be 0 or more, got {count}")
+        if self.max_episode_tokens is not None and self.max_episode_tokens < 1:
+            raise ValueError(f"Limits.max_episode_tokens must be at least 1, got {self.max_episode_tokens}")
+        if not self.timeout_s > 0:
+            raise ValueError(f"Limits.timeout_s must be more than 0 seconds, got {self.timeout_s}")
+        for name, choices in (("termination_policy", TerminationPolicy), ("on_parse_error", ParseErrorPolicy)):
+            if getattr(self, name) not in get_args(choices):
+                raise ValueError(f"Limits.{name} must be one of {get_args(choices)}, got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

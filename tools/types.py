@@ -101,7 +101,7 @@ class ToolResult:
     """True if the call succeeded and its tool is declared with `ends_episode`; `ToolOutput` may say otherwise."""
     truncated_chars: int = 0
     """Characters of the full output that are not in `content`."""
-    duration_s: float = 0.0
-    """Wall time of the call, monotonic clock."""
+    duration_s: float = field(default=0.0, compare=False)
+    """Wall time of the call, monotonic clock. Two results are equal whatever time they took."""
     metadata: dict[str, Any] = field(default_factory=dict)
     """JSON values for the episode file that the model never sees (the URL that was read, its content hash)."""
