@@ -77,8 +77,7 @@ class Student:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        name = config.student.dtype
-        dtype = getattr(torch, name) if name != "auto" else torch.bfloat16 if device == "cuda" else torch.float32
+        dtype = _dtype(config.student.dtype, device)
         options: dict[str, Any] = {"trust_remote_code": False}
         if config.student.revision is not None and not Path(path).is_dir():
             options["revision"] = config.student.revision
@@ -105,6 +104,13 @@ class Student:
                 f"{self.rows.vocab_size}; take a teacher with the same vocabulary"
             )
         self._teacher = teacher
+
+    def load_teacher(self, path: str | Path) -> None:
+        """Read the teacher of `loss.type = "full"` beside the student, in `teacher.dtype`."""
+        from transformers import AutoModelForCausalLM
+
+        dtype = _dtype(self.config.teacher.dtype, self.device.type)
+        self.set_teacher(AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True))
 
     # --- one step
 
@@ -286,6 +292,13 @@ class Student:
         _same_shapes(tensors, self.parameters)
         for name, tensor in tensors.items():
             self.parameters[name].copy_(tensor)
+
+
+def _dtype(name: str, device: str) -> torch.dtype:
+    """`auto` is bfloat16 on a GPU, float32 on a CPU."""
+    if name == "auto":
+        return torch.bfloat16 if device == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
 def _with_lora(model: PreTrainedModel, lora: LoraConfig) -> Any:

@@ -382,3 +382,13 @@ def test_a_teacher_with_another_vocabulary_is_refused() -> None:
         student.set_teacher(tiny_model(vocab_size=99))
     with pytest.raises(ValueError, match="set_teacher"):
         student.train_step(make_episodes(1), step=1)
+
+
+def test_the_teacher_of_the_full_loss_is_read_from_a_folder(tmp_path: Path) -> None:
+    tiny_model(9).save_pretrained(tmp_path)
+    config = run_config(loss={"type": "full"})
+    found, wanted = Student(tiny_model(), config), Student(tiny_model(), config)
+    found.load_teacher(tmp_path)
+    wanted.set_teacher(tiny_model(9))
+    losses = [s.train_step(make_episodes(2), step=1)["loss"] for s in (found, wanted)]
+    assert losses[0] == losses[1]
