@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 if TYPE_CHECKING:
     from distill.student import Student
@@ -82,7 +83,7 @@ def save_checkpoint(folder: Path, step: int, student: Student, *, cursor: int, k
             final.rename(folder / f".replaced_{step:06d}")
         building.rename(final)
         _sync(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter is what a full disk is called by safetensors
         shutil.rmtree(building, ignore_errors=True)
         raise CheckpointError(f"{final}: cannot be written: {error}") from error
     _prune(folder, step, keep_last)
