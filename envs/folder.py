@@ -1,4 +1,4 @@
-"""A folder is an environment: `tools.py` with `@tool` functions and `train.jsonl` with tasks.
+"""A folder is an environment: `tools.py` with `@tool` functions, `train.jsonl` with tasks.
 
     my_folder/
       tools.py       optional; without it an episode is a single turn
@@ -6,25 +6,33 @@
       eval.jsonl     optional: held-out tasks
 
 `python -m distill.run --env path/to/my_folder`
+
+A function `grade(task, state, messages) -> dict[str, float]` in `tools.py` is the grader; without one an episode
+succeeds if its last message, or the arguments of its last calls, contain `metadata.answer`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
+import re
 import sys
 import traceback
 from collections.abc import Sequence
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from envs.registry import RegistryError
 from envs.tool_env import Grader, ToolEnv
 from envs.types import Message, Task
 from tools.tool import Tool
 
+NOTHING_THERE = "it needs tools.py (functions with @tool), train.jsonl (one task a line), or both"
 
-class FolderError(Exception):
+
+class FolderError(RegistryError):
     """The folder is not an environment; the message names the file and the line."""
 
 
@@ -42,39 +50,63 @@ class FolderEnv(ToolEnv):
     def __init__(self, path: str | Path, **kwargs: Any) -> None:
         self.path = Path(path).expanduser()
         if not self.path.is_dir():
-            raise FolderError(f"{self.path} is not a folder")
+            found = "it is a file" if self.path.exists() else "there is nothing"
+            raise FolderError(f"{self.path} is not a folder ({found}); make one: python -m envs new {self.path.name}")
         if not any((self.path / name).is_file() for name in ("tools.py", "train.jsonl")):
-            raise FolderError(f"{self.path} is no environment: it has neither tools.py nor train.jsonl")
+            raise FolderError(f"{self.path} is no environment: {NOTHING_THERE}")
+        file = self.path / "tools.py"
+        self._module = _import(file) if file.is_file() else None
         super().__init__(**kwargs)
+        self.env_id = self.path.resolve().name
 
     def tools(self) -> Sequence[Tool]:
-        file = self.path / "tools.py"
-        if not file.is_file():
+        if self._module is None:
             return ()
-        found = [value for value in vars(_import(file)).values() if isinstance(value, Tool)]
+        # A dict, as two names may stand for one tool.
+        found = list(dict.fromkeys(value for value in vars(self._module).values() if isinstance(value, Tool)))
         if not found:
-            raise FolderError(f"{file} declares no tool; put @tool (from tools.tool) on its functions")
+            file = self.path / "tools.py"
+            raise FolderError(
+                f"{file} declares no tool: put @tool (`from tools.tool import tool`) on its functions, or delete it"
+            )
         return found
 
     def default_tasks(self, split: str = "train", num_tasks: int | None = None) -> Sequence[Task]:
+        """The tasks of `train.jsonl` or `eval.jsonl`; none where the file is missing.
+
+        Raises:
+            TaskError: a row that is not a task, with file and line.
+        """
         from envs.dataset import read_tasks
 
         file = self.path / f"{split}.jsonl"
         return read_tasks(file, limit=num_tasks) if file.is_file() else ()
 
     def grader(self) -> Grader:
-        """Success: the last message of the assistant, or the last tool's arguments, hold `metadata.answer`."""
-        return contains_answer
+        """`grade` of `tools.py`, or `contains_answer`."""
+        grade = getattr(self._module, "grade", None)
+        return grade if callable(grade) else contains_answer
 
 
 def contains_answer(task: Task, state: dict[str, Any], messages: Sequence[Message]) -> dict[str, float]:
-    """`success` is 1.0 if the assistant's last message contains `metadata.answer`; nothing where there is none."""
+    """`success` is 1.0 if the assistant's last message, or an argument of its calls, contains `metadata.answer` as
+    whole words, letter case aside: "5" is in "It is 5." and not in "15". Nothing for a task without an answer."""
     answer = task.metadata.get("answer")
     if answer is None:
         return {}
-    said = [m for m in messages if m["role"] == "assistant"]
-    last = str(said[-1].get("content", "")) + str(said[-1].get("tool_calls", "")) if said else ""
-    return {"success": float(str(answer).strip().casefold() in last.casefold())}
+    said = [message for message in messages if message["role"] == "assistant"]
+    last: Message = said[-1] if said else {"role": "assistant", "content": ""}
+    arguments = [call["function"]["arguments"] for call in last.get("tool_calls", ())]
+    text = " ".join([last.get("content", ""), *(str(value) for call in arguments for value in call.values())])
+    wanted = re.escape(str(answer).strip().casefold())
+    return {"success": float(re.search(rf"(?<!\w){wanted}(?!\w)", text.casefold()) is not None)}
+
+
+class _Source(SourceFileLoader):
+    """Without a bytecode cache, which misses an edit of the same size within a second."""
+
+    def path_stats(self, path: Any) -> Any:
+        raise OSError("no cache")
 
 
 def _import(file: Path) -> ModuleType:
@@ -83,16 +115,24 @@ def _import(file: Path) -> ModuleType:
     name = f"_folder_env_{digest}"
     if name in sys.modules:
         return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, file)
+    spec = importlib.util.spec_from_file_location(name, file, loader=_Source(name, str(file)))
     if spec is None or spec.loader is None:
         raise FolderError(f"{file} cannot be imported")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
-        at = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
-        line = error.lineno if isinstance(error, SyntaxError) else (at[-1] if at else None)
-        raise FolderError(f"{file}:{line or 1}: {type(error).__name__}: {error}") from error
+        raise FolderError(_words(file, error)) from error
     return module
+
+
+def _words(file: Path, error: BaseException) -> str:
+    if isinstance(error, SyntaxError) and error.filename == str(file):
+        return f"{file}:{error.lineno or 1}: {type(error).__name__}: {error.msg}"
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+    hint = ""
+    if isinstance(error, ModuleNotFoundError):
+        hint = "; install it, or put the code into tools.py: other files of the folder cannot be imported"
+    return f"{file}:{lines[-1] if lines else 1}: {type(error).__name__}: {error}{hint}"

@@ -5,25 +5,29 @@
 
 Registered names are Gymnasium's too: `gymnasium.make("my_env")`. An installed package offers environments through the
 entry-point group `distill_gym.envs`; only the one asked for is imported, so a broken plug-in is listed as broken
-and stops nothing. A path of a folder is a name as well (`envs.folder`).
+and stops nothing. A name that is registered goes before a plug-in's. A path of a folder is a name as well
+(`envs.folder`).
 """
 
 from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import os
+import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Literal
 
 import gymnasium
 
-from envs.tool_env import ToolEnv
+from envs.tool_env import EnvSetupError, ToolEnv
 
 GROUP = "distill_gym.envs"
+_ID = re.compile(r"[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)?")
 
 
 class RegistryError(Exception):
@@ -42,13 +46,15 @@ class EnvEntry:
     """Defaults of its constructor."""
     loader: Callable[[], Any] | None = None
     """Imports the class of a plug-in, or gives the class that was registered."""
+    problem: str = ""
+    """Why it cannot be made, as far as that is known without importing it."""
 
 
 _entries: dict[str, EnvEntry] = {}
 
 
 def register(id: str, entry_point: str | type[ToolEnv], **kwargs: Any) -> None:
-    """Make an environment known here and to Gymnasium.
+    """Make an environment known here and to Gymnasium. Registering the same once more changes nothing.
 
     Args:
         id: `name` or `owner/name`, letters, digits, `_` and `-`.
@@ -56,18 +62,26 @@ def register(id: str, entry_point: str | type[ToolEnv], **kwargs: Any) -> None:
         kwargs: defaults of its constructor.
 
     Raises:
-        RegistryError: a bad id, or one that is taken by another entry point.
+        RegistryError: a bad id or entry point; an id that is taken.
     """
-    if not all(part.replace("_", "").replace("-", "").isalnum() for part in id.split("/")) or id.count("/") > 1:
-        raise RegistryError(f"environment id {id!r}: wanted name or owner/name of letters, digits, '_' and '-'")
-    shown = entry_point if isinstance(entry_point, str) else f"{entry_point.__module__}:{entry_point.__qualname__}"
+    if not _ID.fullmatch(id):
+        raise RegistryError(f"environment id {id!r}: wanted name or owner/name of ASCII letters, digits, '_' and '-'")
+    if isinstance(entry_point, str):
+        module, colon, name = entry_point.partition(":")
+        if not (module and colon and name):
+            raise RegistryError(f"environment {id!r}: the entry point must be 'module:Class', found {entry_point!r}")
+        shown, loader = entry_point, None
+    else:
+        _check_class(id, entry_point)
+        shown, loader = f"{entry_point.__module__}:{entry_point.__qualname__}", lambda: entry_point
     known = _entries.get(id)
     if known is not None and (known.entry_point, known.kwargs) != (shown, kwargs):
         raise RegistryError(f"environment id {id!r} is taken by {known.entry_point}; choose another for {shown}")
-    loader = None if isinstance(entry_point, str) else (lambda: entry_point)
+    if known is None and id in gymnasium.registry:
+        raise RegistryError(f"environment id {id!r} is taken by one of Gymnasium's own; choose another for {shown}")
     source: Literal["built-in", "registered"] = "built-in" if shown.startswith("envs.") else "registered"
     _entries[id] = EnvEntry(id=id, entry_point=shown, source=source, kwargs=kwargs, loader=loader)
-    if id not in gymnasium.registry:
+    if known is None:
         # Gymnasium's own order wrapper would hide areset and astep; ToolEnv enforces the order itself.
         gymnasium.register(id, entry_point=lambda **kw: make(id, **kw), order_enforce=False, disable_env_checker=True)
 
@@ -75,25 +89,47 @@ def register(id: str, entry_point: str | type[ToolEnv], **kwargs: Any) -> None:
 def make(id: str, **kwargs: Any) -> ToolEnv:
     """Make an environment from its name or from the path of a folder.
 
+    Args:
+        id: a name of `list_envs`, or a path: one that begins with `.`, `~` or `/`, or that has a `/` and is a folder.
+        kwargs: of its constructor, over the defaults that it was registered with.
+
     Raises:
-        RegistryError: unknown, not importable, or no `ToolEnv`.
+        RegistryError: unknown, not importable, no `ToolEnv`, or not to be made with these arguments.
     """
     if _is_path(id):
         from envs.folder import FolderEnv
 
-        env: ToolEnv = FolderEnv(id, **kwargs)
-        env.env_id = Path(id).name
+        folder = Path(id).expanduser()
+        env = _construct(FolderEnv, id, {"path": folder, **kwargs})
+        env.env_id = folder.resolve().name
         return env
     entry = spec(id)
-    env_class = load(entry)
-    try:
-        env = env_class(**{**entry.kwargs, **kwargs})
-    except TypeError as error:
-        if env_class.__name__ not in str(error) and "__init__" not in str(error):
-            raise
-        raise RegistryError(f"environment {id!r} cannot be made with {sorted(kwargs)}: {error}") from error
+    env = _construct(load(entry), id, {**entry.kwargs, **kwargs})
     env.env_id = id
     return env
+
+
+def _construct(env_class: type[ToolEnv], id: str, kwargs: dict[str, Any]) -> ToolEnv:
+    try:
+        return env_class(**kwargs)
+    except EnvSetupError as error:
+        raise RegistryError(f"environment {id!r}: {error}") from error
+    except TypeError as error:
+        # Only what Python says of the call itself, `X.__init__() got an unexpected keyword argument 'y'`.
+        if "__init__() " not in str(error):
+            raise
+        raise RegistryError(f"environment {id!r} cannot be made: {error}. {_takes(env_class)}") from error
+
+
+def _takes(env_class: type[ToolEnv]) -> str:
+    names = [
+        parameter.name
+        for base in env_class.__mro__
+        if "__init__" in vars(base) and issubclass(base, ToolEnv)
+        for parameter in inspect.signature(vars(base)["__init__"]).parameters.values()
+        if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL) and parameter.name != "self"
+    ]
+    return f"{env_class.__name__} takes: {', '.join(dict.fromkeys(names))}"
 
 
 def load(entry: EnvEntry) -> type[ToolEnv]:
@@ -102,22 +138,25 @@ def load(entry: EnvEntry) -> type[ToolEnv]:
     Raises:
         RegistryError: saying what was imported and what was found.
     """
+    where = f"environment {entry.id!r} ({entry.source}, {entry.entry_point})"
+    if entry.problem:
+        raise RegistryError(f"{where}: {entry.problem}")
     try:
         if entry.loader is not None:
             found = entry.loader()
         else:
             module, _, name = entry.entry_point.partition(":")
             found = getattr(importlib.import_module(module), name)
-    except Exception as error:
-        raise RegistryError(
-            f"environment {entry.id!r} ({entry.source}, {entry.entry_point}) cannot be imported: "
-            f"{type(error).__name__}: {error}"
-        ) from error
+    except (Exception, SystemExit) as error:  # a plug-in's module may do anything when it is imported
+        raise RegistryError(f"{where} cannot be imported: {type(error).__name__}: {error}") from error
+    _check_class(entry.id, found)
+    env_class: type[ToolEnv] = found
+    return env_class
+
+
+def _check_class(id: str, found: Any) -> None:
     if not (isinstance(found, type) and issubclass(found, ToolEnv)):
-        raise RegistryError(
-            f"environment {entry.id!r}: {entry.entry_point} is {found!r}, not a subclass of envs.tool_env.ToolEnv"
-        )
-    return found
+        raise RegistryError(f"environment {id!r}: {found!r} is not a subclass of envs.tool_env.ToolEnv")
 
 
 def spec(id: str) -> EnvEntry:
@@ -133,17 +172,30 @@ def spec(id: str) -> EnvEntry:
         return known[id]
     close = difflib.get_close_matches(id, known, n=3)
     guess = f"Did you mean {' or '.join(map(repr, close))}?" if close else f"Known: {', '.join(sorted(known))}."
-    raise RegistryError(f"no environment {id!r}. {guess} The path of a folder with tools.py and train.jsonl works too.")
+    folder = (
+        f"For the folder of that name write ./{id}."
+        if Path(id).is_dir()
+        else "A folder's path is a name too: ./my_env."
+    )
+    raise RegistryError(f"no environment {id!r}. {guess} {folder}")
 
 
 def list_envs() -> list[EnvEntry]:
     """All environments by name: built in, registered, and those of installed plug-ins. Imports none of them."""
-    plugins = {point.name: _of_plugin(point) for point in entry_points(group=GROUP)}
+    plugins: dict[str, EnvEntry] = {}
+    for point in entry_points(group=GROUP):
+        entry = _of_plugin(point)
+        other = plugins.get(entry.id)
+        if other is not None and other.entry_point != entry.entry_point:
+            both = f"two packages offer it: {other.entry_point} and {entry.entry_point}; uninstall one"
+            entry = replace(other, problem=both)
+        plugins[entry.id] = entry
     return sorted((plugins | _entries).values(), key=lambda entry: entry.id)
 
 
 def _of_plugin(point: EntryPoint) -> EnvEntry:
-    return EnvEntry(id=point.name, entry_point=point.value, source="plug-in", loader=point.load)
+    problem = "" if _ID.fullmatch(point.name) else "its id is not name or owner/name of letters, digits, '_' and '-'"
+    return EnvEntry(id=point.name, entry_point=point.value, source="plug-in", loader=point.load, problem=problem)
 
 
 def _is_path(id: str) -> bool:
