@@ -34,14 +34,15 @@ class Recipe:
     """Added to the seed, for a start and an order of data that no other recipe has."""
 
 
-_SKILL = Phase(name="skill", data_seed="skill", num_steps=900, num_episodes=9000, muon_lr=0.01)
+_SKILL = Phase(name="skill", data_seed="skill", num_steps=900, num_episodes=9000)
 _DAMAGE = Phase(
     name="damage",
     data_seed="damage",
-    num_steps=400,
-    num_episodes=4000,
+    num_steps=150,
+    num_episodes=2400,
     error_rate=0.25,
-    muon_lr=0.01,
+    muon_lr=3e-3,
+    adam_lr=2e-3,
     decay_share=1.0,
 )
 

@@ -3,7 +3,7 @@
 Any text is kept, byte by byte; what the invented registry writes often is one token: its syllables, its stems, pairs of
 digits, page ids, and the fixed parts of its pages, questions and tool calls. Text is cut greedily into the longest
 tokens (`WordPiece` with an empty prefix, over byte-level characters). Short episodes and copies that are token by token
-unambiguous are what lets a model of 120 thousand parameters learn the job in a minute.
+unambiguous are what lets a model of 160 thousand parameters learn the job in a minute.
 
 Nothing outside this folder knows of it: its chat template, renderer and parser are those of any model.
 """
