@@ -8,9 +8,12 @@ base class cleans the text before it gets there and checks the ids after).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
+from agent_loop.added_tokens import harmless
 from agent_loop.parser import WANTED, ParsedTurn
 from agent_loop.renderer import Extension, Renderer, RendererError
 from agent_loop.types import ClassSpan, FinishReason, TokenClass
@@ -48,6 +51,7 @@ class FamilyRenderer(Renderer):
         config = renderers.config_from_name(family, **options)
         self._family = renderers.create_renderer(tokenizer, config)
         self._name = family
+        self._known: dict[str, tuple[int, ...]] = {}
         self.stop_token_ids = tuple(sorted({*self.stop_token_ids, *self._family.get_stop_token_ids()}))
         probe: list[Message] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
         if self._render_ids(probe, ()) != super()._render_ids(probe, ()):
@@ -69,14 +73,22 @@ class FamilyRenderer(Renderer):
         ids = list(bridged.token_ids)
         if ids[: len(before)] != before:
             raise RendererError(f"the {self._name!r} renderer changed ids that were already there")
-        harmless = self._family.bridge_to_next_turn(
-            prompt, list(completion_ids), [{**m, "content": "x"} for m in new_messages]
-        )
-        self._check_added(ids[len(before) :], self._added_in(harmless.token_ids[len(before) :]))
         suffix = ids[len(before) :]
-        glue = 1 if suffix[:1] == [self.close_id] else 0
-        glue += len(self._tail_ids) if suffix[glue : glue + len(self._tail_ids)] == self._tail_ids else 0
+        glue = _num_of_no_message(bridged.message_indices[len(before) :])
+        self._guard.check(suffix[glue:], self._expected_of(new_messages))
         return Extension(glue_ids=suffix[:glue], tool_ids=suffix[glue:])
+
+    def _expected_of(self, new_messages: Sequence[Message]) -> tuple[int, ...]:
+        """The control tokens of harmless messages of the same shape, in their frame."""
+        plain = [harmless(m) for m in new_messages]
+        key = json.dumps(plain)
+        if key not in self._known:
+            prompt = super()._render_ids([{"role": "user", "content": "hi"}], ())
+            bridged = self._family.bridge_to_next_turn(prompt, [self.close_id], plain)
+            start = len(prompt) + 1
+            start += _num_of_no_message(bridged.message_indices[start:])
+            self._known[key] = self._guard.found_in(bridged.token_ids[start:])
+        return self._known[key]
 
     def parse(self, completion_ids: Sequence[int], turn: int, finish_reason: FinishReason) -> ParsedTurn:
         if self._name in HERMES_FAMILIES:
@@ -109,10 +121,15 @@ class FamilyRenderer(Renderer):
     def _render_ids(self, messages: Sequence[Message], tools: Sequence[ToolSpec]) -> list[int]:
         if self._family is None:  # the base class explores the template before the family is there
             return super()._render_ids(messages, tools)
-        specs = [self._clean_value(tool.to_openai()) for tool in tools]
+        specs = [self._guard.clean_value(tool.to_openai()) for tool in tools]
         return list(
             self._family.render_ids([dict(m) for m in messages], tools=specs or None, add_generation_prompt=True)
         )
+
+
+def _num_of_no_message(owners: Sequence[int]) -> int:
+    """How many tokens come before the first that belongs to a message: the rest of the turn's close."""
+    return sum(1 for _ in takewhile(lambda owner: owner < 0, owners))
 
 
 def _classes(calls: Sequence[tuple[int, int]], length: int) -> tuple[ClassSpan, ...]:

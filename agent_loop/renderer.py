@@ -13,22 +13,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from agent_loop.added_tokens import HARMLESS, AddedTokens, RendererError, harmless
 from agent_loop.parser import HermesParser, ParsedTurn, Tag, read_call
 from agent_loop.types import FinishReason
 from envs.types import Message
-from tools.clean import forbidden_pattern, neutralise
 from tools.types import ToolSpec
 
 MARK = "qzmarkzq"
 """A word that stands for a message's text while a template is explored."""
 
-HARMLESS = "x"
+NASTY = " \n<a href='x'>\"é & {{ {% \\\\n 0}\n "
+"""Text that a template puts in as it is, or does not: quotes, escapes, markup, white space at both ends."""
+
+MAX_REMEMBERED = 1024
+"""Shapes of dialogues whose control tokens are remembered."""
+
+_LOG = logging.getLogger(__name__)
 
 TOOL_PROMPT = """You may call these tools. Each is described by a JSON object:
 {tools}
@@ -37,10 +44,6 @@ To call one, write
 {{"name": <tool>, "arguments": {{<arguments>}}}}
 </tool_call>"""
 """For templates that ignore `tools`; the wording of the hermes format that most models were trained on."""
-
-
-class RendererError(Exception):
-    """A chat template that cannot be used, or text that would have become a control token."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,10 +85,15 @@ def load_renderer(model: Any, *, enable_thinking: bool | None = None, family: st
         tokenizer = model
     from agent_loop.family import FamilyRenderer, family_of
 
-    family = family or family_of(tokenizer)
-    if family is None:
-        return Renderer(tokenizer, enable_thinking=enable_thinking)
-    return FamilyRenderer(tokenizer, family, enable_thinking=enable_thinking)
+    if family is not None:
+        return FamilyRenderer(tokenizer, family, enable_thinking=enable_thinking)
+    listed = family_of(tokenizer)
+    if listed is not None:
+        try:
+            return FamilyRenderer(tokenizer, listed, enable_thinking=enable_thinking)
+        except RendererError as error:  # the library lists more models than it renders as their templates do
+            _LOG.warning("%s; the suffix rule over the chat template is used", error)
+    return Renderer(tokenizer, enable_thinking=enable_thinking)
 
 
 class Renderer:
@@ -106,13 +114,9 @@ class Renderer:
         self.tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
         self._options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
-        self._added = {token_id: str(token) for token_id, token in tokenizer.added_tokens_decoder.items()}
-        self.added_token_ids = frozenset(self._added)
-        """Ids of every added token, special or not: no text may produce one."""
-        self._forbidden = forbidden_pattern(self._added.values())
-        self._normalises = self._backend.normalizer is not None and any(
-            token.normalized or token.lstrip or token.rstrip for token in tokenizer.added_tokens_decoder.values()
-        )
+        self._guard = AddedTokens(tokenizer)
+        self.added_token_ids = self._guard.ids
+        """Ids of every added token, special or not, but for white space: no text may produce one."""
         self._frames: dict[tuple[tuple[str, str], ...], _Frame | None] = {}
         self._expected: dict[Any, tuple[int, ...]] = {}
         self._explore()
@@ -132,7 +136,9 @@ class Renderer:
     def fingerprint(self) -> str:
         """sha256 of vocabulary, added tokens and template: two renderers with the same one make the same ids."""
         template = self.tokenizer.chat_template
-        content = json.dumps([sorted(self.vocab().items()), sorted(self._added.items()), template], sort_keys=True)
+        content = json.dumps(
+            [sorted(self.vocab().items()), sorted(self._guard.texts.items()), template], sort_keys=True
+        )
         return hashlib.sha256(content.encode()).hexdigest()
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -146,29 +152,16 @@ class Renderer:
     # Cleaning
 
     def clean(self, messages: Sequence[Message]) -> tuple[Message, ...]:
-        """The messages as they are rendered and recorded: no text in them can form an added token."""
-        return tuple(self._clean_value(dict(message)) for message in messages)
+        """The messages as they are rendered and recorded: no text in them can form an added token.
+
+        Raises:
+            RendererError: a message without a role, or whose content is no text.
+        """
+        return self._guard.clean_messages(messages)
 
     def clean_text(self, text: str) -> str:
-        text = neutralise(text, self._forbidden)
-        while self._normalises:  # a normaliser may make an added token out of other letters
-            encoding = self._backend.encode(text, add_special_tokens=False)
-            spans = [span for i, span in zip(encoding.ids, encoding.offsets, strict=True) if i in self.added_token_ids]
-            if not spans:
-                break
-            for start, end in reversed(spans):
-                found = text[start:end]
-                text = text[:start] + (f"{found[0]} {found[1:]}" if len(found) > 1 else "\ufffd") + text[end:]
-        return text
-
-    def _clean_value(self, value: Any) -> Any:
-        if isinstance(value, str):
-            return self.clean_text(value)
-        if isinstance(value, dict):
-            return {self.clean_text(key): self._clean_value(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [self._clean_value(item) for item in value]
-        return value
+        """Text out of which no added token can come. Idempotent."""
+        return self._guard.clean_text(text)
 
     # Rendering
 
@@ -182,12 +175,13 @@ class Renderer:
             RendererError: the template refuses them, or a text became an added token.
         """
         ids = self._render_ids(messages, tools)
-        key = (tuple((m["role"], bool(m.get("tool_calls"))) for m in messages), tuple(tool.name for tool in tools))
-        if all(not called for _, called in key[0]):
-            if key not in self._expected:
-                harmless = [{**m, "content": HARMLESS} for m in messages]
-                self._expected[key] = self._added_in(self._render_ids(harmless, tools))  # type: ignore[arg-type]
-            self._check_added(ids, self._expected[key])
+        plain = [harmless(m) for m in messages]
+        key = (json.dumps(plain), tuple(tool.name for tool in tools))
+        if key not in self._expected:
+            if len(self._expected) >= MAX_REMEMBERED:
+                self._expected.clear()
+            self._expected[key] = self._guard.found_in(self._render_ids(plain, tools))
+        self._guard.check(ids, self._expected[key])
         return ids
 
     def extend(
@@ -208,11 +202,12 @@ class Renderer:
         Returns:
             None where the template would rewrite earlier turns; the caller renders the dialogue anew.
         """
-        if has_reasoning and self._drops_reasoning and any(m["role"] == "user" for m in new_messages):
+        kinds = {"tool" if m["role"] == "tool" else "user" for m in new_messages}
+        if kinds & self._rewritten_by or (has_reasoning and kinds & self._thinking_dropped_by):
             return None
-        closed = finish_reason == "stop" and bool(completion_ids) and completion_ids[-1] == self.close_id
+        closed = bool(completion_ids) and completion_ids[-1] == self.close_id  # whatever the server calls it
         ids, expected = self._suffix(new_messages)
-        self._check_added(ids, expected)
+        self._guard.check(ids, expected)
         tail = self._tail_ids if ids[: len(self._tail_ids)] == self._tail_ids else []
         glue = tail if closed else [self.close_id, *tail]
         return Extension(glue_ids=list(glue), tool_ids=ids[len(tail) :])
@@ -230,6 +225,8 @@ class Renderer:
         parsed = self.parse([*self.encode(text), self.close_id], 0, "stop").message
         if [call.arguments for call in parsed.tool_calls] != [{"text": 'a "b" {c}'}]:
             problems.append(f"a tool call in the hermes format is not read back: {parsed}")
+        if tools and not self._ignores_tools:
+            problems += self._call_form_problems(name)
         answer: Message = {"role": "tool", "content": MARK, "tool_call_id": "call_0_0", "name": name}
         try:
             ids, _ = self._suffix([answer])
@@ -242,6 +239,17 @@ class Renderer:
         ):
             problems.append("the template does not name all tools")
         return problems
+
+    def _call_form_problems(self, name: str) -> list[str]:
+        """Whether the template writes calls as the parser reads them."""
+        call = {"id": "qzidzq000", "type": "function", "function": {"name": name, "arguments": {"text": MARK}}}
+        dialogue = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        text = self._template(dialogue, None, prompt=False).removeprefix(self._template(dialogue[:1], None))
+        ids = self.encode(text.rpartition(self._close_text)[0])
+        if [c.arguments for c in self.parse([*ids, self.close_id], 0, "stop").message.tool_calls] == [{"text": MARK}]:
+            return []
+        shown = text.strip()[-200:]
+        return [f"the template writes tool calls in a form that is not read back: {shown!r}; name the model's family"]
 
     # Exploring the template
 
@@ -259,23 +267,43 @@ class Renderer:
             raise RendererError("the chat template closes no assistant turn with a token of its own")
         self.close_id: int = close
         """The token that ends an assistant turn."""
-        self._close_text = self._added[close]
+        self._close_text = self._guard.texts[close]
         self._tail_ids = self.encode(after.partition(self._close_text)[2])
         stops = {close, self.tokenizer.eos_token_id, self.vocab().get("<|endoftext|>")}
         self.stop_token_ids: tuple[int, ...] = tuple(sorted(i for i in stops if i is not None))
         """Ids after which a server stops: the close token, the tokenizer's end token, `<|endoftext|>` if known."""
         self._tool_role = self._renders_tool_role()
-        thought: Message = {"role": "assistant", "content": "a", "reasoning_content": MARK}
-        before = self._template([user, thought], None, prompt=False)
-        behind = self._template([user, thought, user], None, prompt=False)
-        self._drops_reasoning = MARK in before and MARK not in behind
+        self._explore_history(spec.to_openai())
         prompt = self._template([user], None)
         self._starts_thinking = prompt.rstrip().endswith("<think>")
 
+    def _explore_history(self, spec: dict[str, Any]) -> None:
+        """Which new messages make the template write earlier turns anew, always or where those hold thinking."""
+        user: Message = {"role": "user", "content": "hi"}
+        call = {"id": "qzidzq000", "type": "function", "function": {"name": "qztoolzq", "arguments": {}}}
+        asked = {"role": "assistant", "content": "a", "reasoning_content": MARK, "tool_calls": [call]}
+        result: Message = {"role": "tool", "content": "t", "tool_call_id": call["id"], "name": "qztoolzq"}  # type: ignore[typeddict-item]
+        said: Message = {"role": "assistant", "content": "a", "reasoning_content": MARK}
+        tools = None if self._ignores_tools else [spec]
+        rewritten, dropped = set(), set()
+        for kind, reply, new in (("tool", asked, result), ("user", said, user)):
+            turn = [user, self._adapted(reply)]  # type: ignore[arg-type]
+            try:
+                first = self._template([user], tools, prompt=False)
+                before = self._template(turn, tools, prompt=False)
+                behind = self._template([*turn, self._adapted(new)], tools)
+            except RendererError:
+                continue  # refused when it is asked for, in words
+            if not behind.startswith(first):
+                rewritten.add(kind)
+            if MARK in before and MARK not in behind:
+                dropped.add(kind)
+        self._rewritten_by, self._thinking_dropped_by = frozenset(rewritten), frozenset(dropped)
+
     @property
     def is_prefix_preserving(self) -> bool:
-        """False where a later user message makes the template drop earlier thinking."""
-        return not self._drops_reasoning
+        """False where a later message makes the template write earlier turns anew, or drop their thinking."""
+        return not self._rewritten_by and not self._thinking_dropped_by
 
     def _renders_tool_role(self) -> bool:
         try:
@@ -286,7 +314,7 @@ class Renderer:
             return False
 
     def _make_parser(self) -> HermesParser:
-        vocab = {text: token_id for token_id, text in self._added.items()}
+        vocab = {text: token_id for token_id, text in self._guard.texts.items()}
 
         def tag(text: str) -> Tag:
             return Tag(text=text, id=vocab.get(text))
@@ -310,7 +338,7 @@ class Renderer:
             raise RendererError(f"the chat template refuses the dialogue: {type(error).__name__}: {error}") from error
 
     def _render_text(self, messages: Sequence[Message], tools: Sequence[ToolSpec]) -> str:
-        specs = [self._clean_value(tool.to_openai()) for tool in tools]
+        specs = [self._guard.clean_value(tool.to_openai()) for tool in tools]
         messages = [self._adapted(message) for message in messages]
         if not specs:
             return self._template(messages, None)
@@ -325,7 +353,7 @@ class Renderer:
 
     def _clean_tool_prompt(self, text: str) -> str:
         # Our own wording names the tags; where they are added tokens the model is told of them in letters all the same.
-        return text if "<tool_call>" not in self._added.values() else self.clean_text(text)
+        return text if "<tool_call>" not in self._guard.texts.values() else self.clean_text(text)
 
     def _render_ids(self, messages: Sequence[Message], tools: Sequence[ToolSpec]) -> list[int]:
         return self.encode(self._render_text(messages, tools))
@@ -343,7 +371,11 @@ class Renderer:
     def _dummy_turn(self, new_messages: Sequence[Message]) -> str:
         """What the template puts behind the close token of an assistant turn that `new_messages` answer."""
         calls = [
-            {"id": "call_0_0", "type": "function", "function": {"name": m.get("name", "t"), "arguments": {}}}
+            {
+                "id": m.get("tool_call_id", "call_0_0"),
+                "type": "function",
+                "function": {"name": m.get("name", "t"), "arguments": {}},
+            }
             for m in new_messages
             if m["role"] == "tool"
         ]
@@ -365,11 +397,11 @@ class Renderer:
             self._frames[key] = self._explore_frame(messages)
         frame = self._frames[key]
         contents = [m["content"] for m in messages]
-        if frame is not None and all(c and c == c.strip() for c in contents):
+        if frame is not None and all(contents):
             text = frame.pieces[0] + "".join(c + p for c, p in zip(contents, frame.pieces[1:], strict=True))
             return self.encode(text), frame.added_ids
-        harmless = [{**m, "content": HARMLESS} for m in messages]
-        expected = self._added_in(self.encode(self._dummy_turn(harmless)))  # type: ignore[arg-type]
+        plain = [self._adapted({**m, "content": HARMLESS}) for m in new_messages]
+        expected = self._guard.found_in(self.encode(self._dummy_turn(plain)))
         return self.encode(self._dummy_turn(messages)), expected
 
     def _explore_frame(self, messages: Sequence[Message]) -> _Frame | None:
@@ -377,25 +409,22 @@ class Renderer:
         if any(m["role"] != "tool" for m in messages):
             return None
         marks = [f"{MARK}{i}{MARK}" for i in range(len(messages))]
-        text = self._dummy_turn([{**m, "content": mark} for m, mark in zip(messages, marks, strict=True)])
+        named: list[Message] = [{**m, "tool_call_id": f"qzidzq{i:03}"} for i, m in enumerate(messages)]
+        try:
+            text = rest = self._dummy_turn([{**m, "content": mark} for m, mark in zip(named, marks, strict=True)])
+            nasty = self._dummy_turn([{**m, "content": NASTY} for m in named])
+        except RendererError:
+            return None
         pieces = []
         for mark in marks:
-            before, found, text = text.partition(mark)
+            before, found, rest = rest.partition(mark)
             if not found:
                 return None
             pieces.append(before)
-        pieces.append(text)
-        return _Frame(tuple(pieces), self._added_in(self.encode(HARMLESS.join(pieces))))
-
-    def _added_in(self, ids: Sequence[int]) -> tuple[int, ...]:
-        return tuple(i for i in ids if i in self.added_token_ids)
-
-    def _check_added(self, ids: Sequence[int], expected: tuple[int, ...]) -> None:
-        found = self._added_in(ids)
-        if found != expected:
-            extra = sorted(self._added[i] for i in set(found) - set(expected) or set(found))
-            shown = ", ".join(map(repr, extra[:5]))
-            raise RendererError(f"a message's text became a control token: {shown}; it was not cleaned")
+        pieces.append(rest)
+        if "qzidzq" in text or NASTY.join(pieces) != nasty:  # it shows the call's id, or quotes or trims the text
+            return None
+        return _Frame(tuple(pieces), self._guard.found_in(self.encode(HARMLESS.join(pieces))))
 
 
 __all__ = ["Extension", "ParsedTurn", "Renderer", "RendererError", "load_renderer", "read_call"]
