@@ -59,7 +59,7 @@ def test_demonstrations_are_short() -> None:
 
 @pytest.mark.parametrize("error_rate", [0.0, 0.3])
 async def test_training_ids_are_the_renderers_own(error_rate: float) -> None:
-    """Prompt, sampled text and extensions, joined as a rollout joins them, are the ids that the model was trained on."""
+    """Prompt, sampled text and extensions, joined as in a rollout, are the ids that the model was trained on."""
     import random
 
     renderer = load_renderer(TOKENIZER)
