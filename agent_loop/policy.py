@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -77,24 +76,29 @@ class VllmPolicy:
         if len(ids) > params.max_tokens:
             raise PolicyError(f"{len(ids)} tokens came back, {params.max_tokens} were asked for", "protocol")
         echoed = choice.get("prompt_token_ids")
-        if echoed is not None and list(echoed) != list(prompt_ids):
+        if echoed is not None and echoed != list(prompt_ids):
             raise PolicyError("the server says that it sampled from another prompt than it was given", "protocol")
+        if not isinstance(tokens or [], list) or (tokens and len(tokens) != len(ids)):
+            raise PolicyError(f"{len(ids)} token ids came with {_size(tokens)} names of tokens", "protocol")
         for index, token in enumerate(tokens or ()):
-            if token.startswith("token_id:") and token != f"token_id:{ids[index]}":
+            if str(token).startswith("token_id:") and token != f"token_id:{ids[index]}":
                 raise PolicyError(
                     f"token {index} has id {ids[index]} but its log-probability is of {token}", "protocol"
                 )
         for index, value in enumerate(logprobs):
-            if not isinstance(value, int | float) or not math.isfinite(value) or not IMPOSSIBLE < value <= ROUNDING:
+            if not isinstance(value, int | float) or not IMPOSSIBLE < value <= ROUNDING:  # false for NaN too
                 raise PolicyError(f"the log-probability of sampled token {index} is {value!r}", "protocol")
         version = reply.get("weight_version")
-        usage = reply.get("usage") or {}
+        try:
+            cached = reply["usage"]["prompt_tokens_details"]["cached_tokens"]
+        except (KeyError, TypeError):
+            cached = None
         return Completion(
             token_ids=tuple(ids),
             logprobs=tuple(min(float(value), 0.0) for value in logprobs),
             finish_reason=finish,
-            policy_version=version if isinstance(version, int) else self.policy_version,
-            num_cached_tokens=(usage.get("prompt_tokens_details") or {}).get("cached_tokens"),
+            policy_version=version if type(version) is int else self.policy_version,
+            num_cached_tokens=cached if type(cached) is int else None,
         )
 
 

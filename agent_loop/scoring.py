@@ -6,7 +6,6 @@ entries there. A number that is missing, not finite, or vLLM's stand-in for "imp
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -88,7 +87,12 @@ def read_scores(rows: Any, token_ids: Sequence[int], top_k: int) -> PromptScores
             raise ScoringError(f"the reply has no score for token {position} (id {key})", "protocol")
         logprobs.append(_number(row[key], position, key))
         if topk is not None:
-            found = [(int(token), _number(entry, position, token)) for token, entry in row.items()]
+            try:
+                found = [(int(token), _number(entry, position, token)) for token, entry in row.items()]
+            except ValueError:
+                raise ScoringError(
+                    f"the candidates of token {position} are not named by their ids: {list(row)[:3]}", "protocol"
+                ) from None
             found.sort(key=lambda pair: -pair[1])
             topk.append(found[:top_k])
     return PromptScores(logprobs, topk)
@@ -98,7 +102,7 @@ def _number(entry: Any, position: int, key: str) -> float:
     value = entry.get("logprob") if isinstance(entry, Mapping) else None
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise ScoringError(f"the score of token {position} (id {key}) is {value!r}, not a number", "protocol")
-    if not math.isfinite(value) or value <= IMPOSSIBLE or value > ROUNDING:
+    if not IMPOSSIBLE < value <= ROUNDING:  # false for NaN too
         raise ScoringError(
             f"the score of token {position} (id {key}) is {value!r}: not a log-probability", "not_finite"
         )

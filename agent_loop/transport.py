@@ -115,6 +115,8 @@ class HttpTransport:
             raise _Retryable(f"{url} cannot be reached: {error}") from error
         except aiohttp.InvalidURL as error:
             raise TransportError(f"{url} is not a URL", "rejected") from error
+        except aiohttp.ClientError as error:
+            raise TransportError(f"{url} does not speak HTTP as it should: {error}", "protocol") from error
         if status in RETRIED or status >= 500:
             raise _Retryable(f"{url} answered {status}: {_excerpt(content)}", status, _seconds(retry_after))
         return read_reply(url, status, content)
@@ -149,9 +151,9 @@ def read_reply(url: str, status: int, content: bytes) -> dict[str, Any]:
         raise TransportError(f"{url} answered {status}: {text}", "context_overflow" if overflow else "rejected", status)
     try:
         value = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TransportError(
-            f"{url} answered with something that is no JSON: {_excerpt(content)}", "protocol"
+            f"{url} answered with something that is no JSON: {_excerpt(content)}", "protocol", status
         ) from error
     if not isinstance(value, dict):
         raise TransportError(f"{url} answered with a JSON {type(value).__name__}, not an object", "protocol", status)
@@ -163,7 +165,7 @@ def _excerpt(content: bytes) -> str:
     try:
         error = json.loads(text)["error"]
         text = error["message"] if isinstance(error, dict) else str(error)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         pass
     text = " ".join(text.split())
     return text if len(text) <= 500 else text[:497] + "..."
