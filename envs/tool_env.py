@@ -283,8 +283,9 @@ class ToolEnv(gymnasium.Env[tuple[Message, ...], AssistantMessage]):
             elif call.parse_error is None and call.name not in names and call.name in self._all_names():
                 refused[index] = _refusal(call, ToolErrorKind.UNKNOWN_TOOL, f"{call.name} cannot be used in this task")
             else:
-                self._calls[call.name] += call.parse_error is None
                 allowed.append(call)
+            if reason is None and call.parse_error is None:  # a budget is one of attempts, wrong ones among them
+                self._calls[call.name] += 1
         ran = iter(await self.toolbox.run(allowed, metadata=self.task.metadata, state=self.state))
         return [refused[i] if i in refused else next(ran) for i in range(len(calls))], over
 
