@@ -21,12 +21,15 @@ class TraceBuilder:
     already there.
     """
 
+    _answered: bool
+    """The present prompt has its completion, and waits for what follows."""
+
     def __init__(self, prompt_ids: Sequence[int]) -> None:
         """
         Raises:
             ValueError: an empty prompt.
         """
-        self._traces: list[TokenTrace] = []
+        self._closed: list[TokenTrace] = []
         self._open(prompt_ids)
 
     @property
@@ -37,7 +40,7 @@ class TraceBuilder:
     @property
     def index(self) -> int:
         """Index of the present trace."""
-        return len(self._traces)
+        return len(self._closed)
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -47,25 +50,41 @@ class TraceBuilder:
 
         Returns:
             Its first position and the one after its last.
+
+        Raises:
+            ValueError: nothing was appended since the last completion; it was no answer to this prompt.
         """
+        if self._answered:
+            raise ValueError(f"TraceBuilder: turn {turn} was sampled from a prompt that is answered already")
+        self._answered = True
         start = len(self._ids)
         self._grow(completion.token_ids, SegmentSource.ASSISTANT, turn, trainable, completion.logprobs)
         return start, len(self._ids)
 
     def extend(self, glue_ids: Sequence[int], tool_ids: Sequence[int], *, turn: int) -> None:
-        """Append template tokens and the environment's answer after turn `turn`; never trained on."""
+        """Append template tokens and the environment's answer after turn `turn`; never trained on.
+
+        Raises:
+            ValueError: there is no completion that this could follow.
+        """
+        if not self._answered:
+            raise ValueError(f"TraceBuilder: nothing was sampled that the extension of turn {turn} could follow")
+        self._answered = False
         self._grow(glue_ids, SegmentSource.GLUE, turn)
         self._grow(tool_ids, SegmentSource.TOOL, turn)
 
     def fork(self, prompt_ids: Sequence[int]) -> None:
         """Begin a new trace, because the next prompt is no extension of the present one."""
-        self._close()
+        self._closed.append(self._present())
         self._open(prompt_ids)
 
     def traces(self) -> list[TokenTrace]:
-        """All traces, checked. Call it once, at the end."""
-        self._close()
-        return self._traces
+        """All traces, checked.
+
+        Raises:
+            ValueError: an invariant of `TokenTrace` is broken, by a log-probability above 0 for instance.
+        """
+        return [*self._closed, self._present()]
 
     def mask_turn(self, turn: int) -> None:
         """Take one turn's tokens out of the loss (a malformed call under `on_parse_error = "mask"`)."""
@@ -80,13 +99,13 @@ class TraceBuilder:
         self._mask: list[bool] = []
         self._logprobs: list[float | None] = []
         self._segments: list[Segment] = []
+        self._answered = False
         self._grow(prompt_ids, SegmentSource.PROMPT, -1)
 
-    def _close(self) -> None:
-        trace = TokenTrace(
+    def _present(self) -> TokenTrace:
+        return TokenTrace(
             token_ids=self._ids, loss_mask=self._mask, sampling_logprobs=self._logprobs, segments=self._segments
         )
-        self._traces.append(trace)
 
     def _grow(
         self,
