@@ -180,6 +180,18 @@ def spec(id: str) -> EnvEntry:
     raise RegistryError(f"no environment {id!r}. {guess} {folder}")
 
 
+def exists(id: str) -> None:
+    """Whether there is something of that name, without importing it.
+
+    Raises:
+        RegistryError: no environment of that name, no folder at that path.
+    """
+    if not _is_path(id):
+        spec(id)
+    elif not Path(id).expanduser().is_dir():
+        raise RegistryError(f"no folder {id}; make one: python -m envs new {Path(id).name or 'my_env'}")
+
+
 def list_envs() -> list[EnvEntry]:
     """All environments by name: built in, registered, and those of installed plug-ins. Imports none of them."""
     plugins: dict[str, EnvEntry] = {}
