@@ -106,7 +106,7 @@ def write_environment(name: str, parent: Path) -> Path:
         _write(building / "tools.py", TOOLS)
         _write(building / "train.jsonl", "".join(json.dumps(row) + "\n" for row in rows[:-NUM_EVAL]))
         _write(building / "eval.jsonl", "".join(json.dumps(row) + "\n" for row in rows[-NUM_EVAL:]))
-        # In a folder of its own: pytest puts a test's folder on the path, where tools.py would hide our package `tools`.
+        # Not beside tools.py: pytest puts the folder of a test on the path, and our package `tools` would be hidden.
         _write(building / "tests" / f"test_{name.replace('-', '_')}.py", TEST)
         building.chmod(0o755)
         os.rename(building, folder)
