@@ -7,6 +7,7 @@ env = envs.make("my_env")
 
 from __future__ import annotations
 
+from importlib.util import find_spec as _find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,6 +16,13 @@ if TYPE_CHECKING:
     from envs.registry import register as register
     from envs.registry import spec as spec
     from envs.tool_env import ToolEnv as ToolEnv
+
+_tools = _find_spec("tools")
+if _tools is not None and _tools.submodule_search_locations is None:
+    raise ImportError(
+        f"{_tools.origin} hides the package `tools`: run this from another folder, such as the one above. "
+        "(Python looks into the working folder first.)"
+    )
 
 _PUBLIC = {
     "ToolEnv": "envs.tool_env",

@@ -101,12 +101,9 @@ def _check(arguments: argparse.Namespace) -> int:
         print(json.dumps(asdict(report), indent=1))
     else:
         stops = ", ".join(f"{name} {count}" for name, count in report.stop_reasons.items())
-        print(
-            f"{report.env}: {len(report.tools)} tools ({', '.join(report.tools) or 'none'}), {report.num_tasks} tasks"
-        )
-        print(
-            f"checks: {', '.join(report.checks) or 'none'}; {report.num_episodes} fuzzed episodes ({stops or 'none'})"
-        )
+        print(f"{report.env}: {report.num_tasks} tasks; tools: {', '.join(report.tools) or 'none'}")
+        print(f"checks: {', '.join(report.checks) or 'none'}")
+        print(f"fuzzed episodes: {report.num_episodes} ({stops or 'none'})")
         for finding in report.findings:
             print(finding)
         print("ok" if not report.findings else f"{len(report.findings)} findings")
@@ -122,7 +119,7 @@ def _new(name: str, parent: Path) -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USAGE
     shown = str(folder) if folder.is_absolute() else f"./{folder.as_posix()}"
-    print(f"wrote {shown}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
+    print(f"wrote {shown}: {', '.join(sorted(file.name + '/' * file.is_dir() for file in folder.iterdir()))}")
     print("next:")
     print(f"  python -m envs check {shown}")
     print(f"  python -m pytest {shown}")
