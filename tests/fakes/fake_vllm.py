@@ -1,7 +1,7 @@
 """A real HTTP server on loopback that speaks vLLM's format and can be told to misbehave.
 
-Its model is invented but consistent: every prefix of ids has one distribution over the vocabulary, the same for sampling
-and scoring and in every process, so replies can be checked number by number without a neural network.
+Its model is invented but consistent: every prefix of ids has one distribution over the vocabulary, the same for
+sampling and scoring and in every process, so replies can be checked number by number without a neural network.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def step(state: int, token_id: int) -> int:
 
 
 class InventedModel:
-    """log p(token | prefix) = table[(a * token + hash of the prefix) mod V]: a fixed list of log-probabilities, dealt out
-    anew after every prefix.
+    """log p(token | prefix) = table[(a * token + hash of the prefix) mod V]: a fixed list of log-probabilities, dealt
+    out anew after every prefix.
 
     Args:
         vocab_size: V.

@@ -1,0 +1,178 @@
+"""JSON over HTTP: what is retried, what is not, and how failures are named."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from agent_loop.transport import AsgiTransport, HttpTransport, TransportError
+from tests.fakes.fake_vllm import FakeVllm
+
+REQUEST = {"model": "m", "prompt": [1, 2, 3], "max_tokens": 2}
+
+
+@pytest.fixture
+def server() -> Any:
+    with FakeVllm("m", 64) as server:
+        yield server
+
+
+@pytest.fixture
+async def transport(server: FakeVllm) -> AsyncIterator[HttpTransport]:
+    transport = HttpTransport(server.base_url, api_key="k", retry_deadline_s=5.0)
+    yield transport
+    await transport.aclose()
+
+
+@pytest.mark.parametrize("ending", ["/v1", "/v1/", ""])
+async def test_base_url_with_and_without_v1(server: FakeVllm, ending: str) -> None:
+    transport = HttpTransport(server.base_url.removesuffix("/v1") + ending)
+    assert (await transport.get_json("/v1/models", timeout_s=5.0))["data"][0]["id"] == "m"
+    await transport.aclose()
+
+
+async def test_the_key_is_sent_and_an_absent_one_is_not(server: FakeVllm, transport: HttpTransport) -> None:
+    await transport.post_json("/v1/completions", REQUEST, timeout_s=5.0)
+    without = HttpTransport(server.base_url)
+    await without.post_json("/v1/completions", REQUEST, timeout_s=5.0)
+    await without.aclose()
+    assert [r.authorization for r in server.received] == ["Bearer k", None]
+    assert server.received[0].payload == REQUEST
+
+
+@pytest.mark.parametrize("fault", ["http_500", "http_429"])
+async def test_what_may_pass_is_retried(server: FakeVllm, transport: HttpTransport, fault: str) -> None:
+    server.fault_after(0, fault, times=2)
+    reply = await transport.post_json("/v1/completions", REQUEST, timeout_s=20.0)
+    assert reply["model"] == "m"
+    assert len(server.received) == 3
+
+
+async def test_retries_end_at_the_deadline(server: FakeVllm) -> None:
+    server.fault_after(0, "http_500")
+    transport = HttpTransport(server.base_url, retry_deadline_s=0.5)
+    began = time.monotonic()
+    with pytest.raises(TransportError, match=r"127\.0\.0\.1:\d+/v1/completions answered 500: EngineCore") as caught:
+        await transport.post_json("/v1/completions", REQUEST, timeout_s=60.0)
+    await transport.aclose()
+    assert (caught.value.kind, caught.value.status) == ("unavailable", 500)
+    assert time.monotonic() - began < 5
+
+
+async def test_a_refusal_is_not_retried(server: FakeVllm, transport: HttpTransport) -> None:
+    with pytest.raises(TransportError, match="answered 404: The model `x` does not exist") as caught:
+        await transport.post_json("/v1/completions", {**REQUEST, "model": "x"}, timeout_s=5.0)
+    assert (caught.value.kind, caught.value.status) == ("rejected", 404)
+    assert len(server.received) == 1
+
+
+async def test_a_prompt_that_is_too_long_has_a_kind_of_its_own(transport: HttpTransport) -> None:
+    with pytest.raises(TransportError, match="maximum context length is 4096") as caught:
+        await transport.post_json("/v1/completions", {**REQUEST, "prompt": [1] * 4095}, timeout_s=5.0)
+    assert caught.value.kind == "context_overflow"
+
+
+@pytest.mark.parametrize(("fault", "excerpt"), [("truncated_json", "no JSON"), ("html", "Sign in to the proxy")])
+async def test_a_reply_that_is_no_json(server: FakeVllm, transport: HttpTransport, fault: str, excerpt: str) -> None:
+    server.fault_after(0, fault)
+    with pytest.raises(TransportError, match=excerpt) as caught:
+        await transport.post_json("/v1/completions", REQUEST, timeout_s=5.0)
+    assert caught.value.kind == "protocol"
+    assert len(server.received) == 1
+
+
+async def test_a_server_that_never_answers(server: FakeVllm, transport: HttpTransport) -> None:
+    server.fault_after(0, "stall")
+    with pytest.raises(TransportError, match=r"did not answer within 0\.3 s") as caught:
+        await transport.post_json("/v1/completions", REQUEST, timeout_s=0.3)
+    assert caught.value.kind == "unavailable"
+
+
+async def test_nobody_listens() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    transport = HttpTransport(f"http://127.0.0.1:{port}/v1", retry_deadline_s=0.3)
+    with pytest.raises(TransportError, match=f"127.0.0.1:{port}.* cannot be reached") as caught:
+        await transport.get_json("/v1/models", timeout_s=5.0)
+    assert (caught.value.kind, caught.value.status) == ("unavailable", None)
+    await transport.aclose()
+
+
+async def test_an_address_that_is_no_url() -> None:
+    transport = HttpTransport("localhost:8000/v1")
+    with pytest.raises(TransportError, match="localhost:8000/v1/models is not a URL"):
+        await transport.get_json("/v1/models", timeout_s=5.0)
+    await transport.aclose()
+
+
+@pytest.mark.parametrize("reply", [b"SSH-2.0-OpenSSH_9.6\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\n{", b""])
+async def test_what_listens_is_no_model_server(reply: bytes) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(10)
+        writer.write(reply)
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as listener:
+        port = listener.sockets[0].getsockname()[1]
+        transport = HttpTransport(f"http://127.0.0.1:{port}/v1", retry_deadline_s=0.3)
+        with pytest.raises(TransportError, match=str(port)):
+            await transport.get_json("/v1/models", timeout_s=5.0)
+        await transport.aclose()
+
+
+async def test_many_requests_at_once(server: FakeVllm, transport: HttpTransport) -> None:
+    replies = await asyncio.gather(
+        *(transport.post_json("/v1/completions", {**REQUEST, "seed": n}, timeout_s=30.0) for n in range(200))
+    )
+    assert all(reply["usage"]["completion_tokens"] == 2 for reply in replies)
+
+
+def application(status: int, body: Any, seen: list[Any]) -> Any:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append((scope, await receive()))
+        await send({"type": "http.response.start", "status": status, "headers": []})
+        content = json.dumps(body).encode()
+        await send({"type": "http.response.body", "body": content[:5], "more_body": True})
+        await send({"type": "http.response.body", "body": content[5:]})
+
+    return app
+
+
+async def test_an_application_in_this_process() -> None:
+    seen: list[Any] = []
+    transport = AsgiTransport(application(200, {"ok": True}, seen))
+    assert await transport.post_json("/v1/completions?a=1", {"prompt": [1]}, timeout_s=1.0) == {"ok": True}
+    [(scope, event)] = seen
+    assert (scope["method"], scope["path"], scope["query_string"]) == ("POST", "/v1/completions", b"a=1")
+    assert scope["client"] is None
+    assert json.loads(event["body"]) == {"prompt": [1]}
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "kind"),
+    [
+        (400, "maximum context length is 5", "context_overflow"),
+        (400, "unknown key 'x'", "rejected"),
+        (503, "the engine's thread is not running", "unavailable"),
+    ],
+)
+async def test_failures_of_an_application_are_named_alike(status: int, message: str, kind: str) -> None:
+    transport = AsgiTransport(application(status, {"error": {"message": message}}, []))
+    with pytest.raises(TransportError, match=f"answered {status}: {message}") as caught:
+        await transport.get_json("/v1/models", timeout_s=1.0)
+    assert (caught.value.kind, caught.value.status) == (kind, status)
+
+
+async def test_an_application_that_never_answers() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await asyncio.sleep(60)
+
+    with pytest.raises(TransportError, match=r"did not answer within 0\.1 s"):
+        await AsgiTransport(app).get_json("/health", timeout_s=0.1)
