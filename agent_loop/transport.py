@@ -113,8 +113,8 @@ class HttpTransport:
             raise _Retryable(f"{url} broke off its reply: {error}") from error
         except (aiohttp.ClientConnectionError, OSError) as error:
             raise _Retryable(f"{url} cannot be reached: {error}") from error
-        except aiohttp.InvalidURL as error:
-            raise TransportError(f"{url} is not a URL", "rejected") from error
+        except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError) as error:
+            raise TransportError(f"{url} is not a URL that begins with http:// or https://", "rejected") from error
         except aiohttp.ClientError as error:
             raise TransportError(f"{url} does not speak HTTP as it should: {error}", "protocol") from error
         if status in RETRIED or status >= 500:
