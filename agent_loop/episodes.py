@@ -56,12 +56,20 @@ class EpisodeWriter:
             self._file.write("\n")
 
     def append(self, episode: Episode) -> None:
-        """Write one line, whole."""
+        """Write one line, whole.
+
+        Raises:
+            ValueError: it holds what JSON cannot (NaN, an object of Python's), naming the episode; nothing is written.
+        """
         if episode.id in self._ids:
             return
-        self._ids.add(episode.id)
-        self._file.write(json.dumps(episode_to_json(episode), allow_nan=False, separators=(",", ":")) + "\n")
+        try:
+            line = json.dumps(episode_to_json(episode), allow_nan=False, separators=(",", ":"))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"{self.path}: episode {episode.id!r} cannot be written: {error}") from error
+        self._file.write(line + "\n")
         self._file.flush()
+        self._ids.add(episode.id)
         if self._fsync:
             os.fsync(self._file.fileno())
 
@@ -139,12 +147,13 @@ def _turn_to_json(turn: Turn) -> dict[str, Any]:
 
 
 def _trace_to_json(trace: TokenTrace) -> dict[str, Any]:
+    topk = trace.teacher_topk
     return {
         "token_ids": trace.token_ids,
         "loss_mask": [int(trained) for trained in trace.loss_mask],
         "sampling_logprobs": trace.sampling_logprobs,
         "teacher_logprobs": trace.teacher_logprobs,
-        "teacher_topk": asdict(trace.teacher_topk) if trace.teacher_topk else None,
+        "teacher_topk": {"token_ids": topk.token_ids, "logprobs": topk.logprobs} if topk else None,
         "segments": [[s.source.value, s.turn, s.start, s.end] for s in trace.segments],
     }
 
@@ -228,6 +237,8 @@ def _result_from_json(value: dict[str, Any]) -> ToolResult:
 
 
 def _trace_from_json(value: dict[str, Any]) -> TokenTrace:
+    if not set(map(type, value["token_ids"])) <= {int}:
+        raise TypeError("token_ids holds something that is no integer")
     return TokenTrace(
         token_ids=value["token_ids"],
         loss_mask=[bool(trained) for trained in value["loss_mask"]],
