@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from envs.medbrowse import graders
 from envs.medbrowse.registry import SITE, Registry
 from envs.medbrowse.tasks import MAX_HOPS, make_tasks
-from envs.tool_env import OPEN_LIMITS, Grader, ToolEnv
+from envs.tool_env import OPEN_LIMITS, EnvSetupError, Grader, ToolEnv
 from envs.types import Limits, Message, Task
 from tools.pages import Page, PageStore
 from tools.search import Document, SearchIndex
@@ -42,7 +42,7 @@ class MedBrowseEnv(ToolEnv):
         limits, tasks, skip_verification: as in `ToolEnv`.
 
     Raises:
-        ValueError: an option out of its range.
+        EnvSetupError: an option out of its range.
         PageStoreError, FileNotFoundError: the page store cannot be read.
     """
 
@@ -60,9 +60,9 @@ class MedBrowseEnv(ToolEnv):
         skip_verification: bool = True,
     ) -> None:
         if split not in SPLITS:
-            raise ValueError(f"medbrowse: split must be train or test, got {split!r}")
+            raise EnvSetupError(f"medbrowse: split must be train or test, got {split!r}")
         if not 1 <= max_hops <= MAX_HOPS:
-            raise ValueError(f"medbrowse: max_hops must be 1 to {MAX_HOPS}, got {max_hops}")
+            raise EnvSetupError(f"medbrowse: max_hops must be 1 to {MAX_HOPS}, got {max_hops}")
         self._registry_seed, self._split, self._max_hops, self._num_chains = registry_seed, split, max_hops, num_chains
         self._stored = pages is not None
         store, index = (
