@@ -53,7 +53,7 @@ def test_a_class_by_name() -> None:
     assert (env.env_id, env.limits.max_turns) == ("reg_class", 3)
     entry = envs.spec("reg_class")
     assert entry.source == "registered"
-    assert entry.entry_point.endswith("test_registry:Plain")
+    assert entry.entry_point.endswith("test_env_registry:Plain")
 
 
 def test_defaults_of_the_constructor() -> None:
