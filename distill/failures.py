@@ -37,11 +37,12 @@ def exit_code_of(error: BaseException) -> int | None:
     from distill.types import TeacherError
     from envs.dataset import TaskError
     from envs.registry import RegistryError
+    from tools.pages import PageStoreError
 
     codes: list[tuple[tuple[type[BaseException], ...], int]] = [
         ((ConfigError, BuildError, RegistryError, RendererError), EXIT_USAGE),
         ((CheckFailed,), EXIT_CHECK),
-        ((TaskError,), EXIT_DATA),
+        ((TaskError, PageStoreError), EXIT_DATA),
         ((TooManyDropped, TransportError, ScoringError, PolicyError, TeacherError), EXIT_SERVER),
         ((NumericError, PublishError), EXIT_NUMERIC),
         ((RunDirError, CheckpointError, OSError), EXIT_STORAGE),
