@@ -75,8 +75,8 @@ def make(recipe: Recipe, folder: Path, *, parent: Path | None, seed: int, progre
             progress(f"{phase.name}: writing {phase.num_episodes} demonstrations")
             data = examples(phase, tokenizer, tool_schemas(), seed=seed)
             train(model, data, phase, pad_id=pad_id, seed=seed, progress=progress)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def tool_schemas() -> list[dict[str, object]]:
