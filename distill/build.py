@@ -112,14 +112,20 @@ def build(config: RunConfig, console: Console) -> Parts:
     teacher_config = config.teacher
     teacher_path = models.resolve(teacher_config.model or config.student.model, progress=console.say)
     renderer = load_renderer(student_path, enable_thinking=config.student.enable_thinking)
-    student = Student.load(student_path, config)
+    try:
+        student = Student.load(student_path, config)
+    except ValueError as error:
+        raise BuildError(f"student: {error}") from error
     if config.loss.type == "full":
         if teacher_config.system_prompt is not None:
             raise BuildError(
                 'loss.type: "full" scores the student\'s own inputs and cannot show the teacher teacher.system_prompt; '
                 'take "sampled" or "topk"'
             )
-        student.load_teacher(teacher_path)
+        try:
+            student.load_teacher(teacher_path)
+        except ValueError as error:
+            raise BuildError(f"teacher: {error}") from error
     student_endpoint = _student_endpoint(config, student, student_path, renderer)
     teacher_endpoint = _teacher_endpoint(teacher_config, config, teacher_path, renderer)
     env = make_env(config, verify=False)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "MANIFEST.json"
 _NAME = re.compile(r"step_(\d{6,})")
+_PICKLES = {".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"}
 
 
 class CheckpointError(Exception):
@@ -71,7 +72,7 @@ def save_checkpoint(folder: Path, step: int, student: Student, *, cursor: int, k
         student.save(building)
         state = {"step": step, "cursor": cursor, "rng": rng_state()}
         (building / "state.json").write_text(json.dumps(state), encoding="utf-8")
-        files = {str(path.relative_to(building)): _digest(path) for path in _files(building)}
+        files = {path.relative_to(building).as_posix(): _digest(path) for path in _files(building)}
         for path in _files(building):
             _sync(path)
         manifest = building / MANIFEST
@@ -115,7 +116,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Check every file of one checkpoint against its manifest.
 
     Raises:
-        CheckpointError: naming the file that is missing, or not what was written.
+        CheckpointError: naming the file that is missing, not what was written, or not ours.
     """
     manifest = _read_json(path / MANIFEST)
     files = manifest.get("files")
@@ -134,8 +135,17 @@ def open_checkpoint(path: Path) -> Checkpoint:
             raise CheckpointError(f"{path / name}: is missing") from None
         except (OSError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path / name}: cannot be checked: {error}") from error
+    for file in _files(path):
+        name = file.relative_to(path).as_posix()
+        if file.suffix in _PICKLES:
+            raise CheckpointError(f"{file}: may hold pickled code, which is never read; a checkpoint has no such file")
+        if name != MANIFEST and name not in files and not file.name.startswith("."):
+            raise CheckpointError(f"{file}: is not of this checkpoint (the manifest does not list it)")
     state = _read_json(path / "state.json")
-    return Checkpoint(path=path, step=state["step"], cursor=state["cursor"], rng=state["rng"])
+    try:
+        return Checkpoint(path=path, step=state["step"], cursor=state["cursor"], rng=state["rng"])
+    except KeyError as error:
+        raise CheckpointError(f"{path / 'state.json'}: has no {error}; was it written by another version?") from None
 
 
 def rng_state() -> dict[str, Any]:

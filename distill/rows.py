@@ -22,10 +22,15 @@ class RowModel:
     def __init__(self, model: Any) -> None:
         self.model = model
         self._decoder: nn.Module = getattr(model, model.base_model_prefix)
-        self._head: nn.Linear = model.get_output_embeddings()
         self.device: torch.device = next(model.parameters()).device
         self._plain = True
         self._plain = self._head_is_plain()
+
+    @property
+    def _head(self) -> nn.Linear:
+        """Asked for each time: adapters may take the place of the layer."""
+        head: nn.Linear = self.model.get_output_embeddings()
+        return head
 
     @torch.no_grad()
     def _head_is_plain(self) -> bool:

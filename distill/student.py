@@ -33,8 +33,8 @@ MAX_LOGITS = 2**28
 
 
 class NumericError(Exception):
-    """A step that must not be applied: a loss or a gradient is not finite, or there is nothing to train on. The
-    weights are as they were before it."""
+    """A step that must not be applied: a loss or a gradient is not finite, there is nothing to train on, or the first
+    step would move nothing. The weights are as they were before it."""
 
 
 class Student:
@@ -60,12 +60,14 @@ class Student:
         self.has_lora = config.student.lora is not None
         if config.student.lora is not None:
             self.model = _with_lora(model, config.student.lora)
+            _refuse_adapted_ties(model)
         if config.student.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.parameters: dict[str, nn.Parameter] = {n: p for n, p in model.named_parameters() if p.requires_grad}
         """The trained ones, by their name in the model (LoRA's included)."""
         self.optimizer = Optimizer(self.parameters, config.optim, total_steps=config.steps)
         self._teacher: RowModel | None = None
+        self._has_stepped = False
 
     @classmethod
     def load(cls, path: str | Path, config: RunConfig) -> Student:
@@ -73,6 +75,7 @@ class Student:
 
         Raises:
             OSError: there is no such model, or it has no safetensors.
+            ValueError: adapters cannot be put where `student.lora` wants them.
         """
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -150,12 +153,15 @@ class Student:
                     f"step {step}: the gradient is not finite ({_names(names)}); the step trained on "
                     f"{_names([e.id for e in episodes])}. The weights are unchanged."
                 )
+            if not self._has_stepped:
+                self._refuse_no_op(rows, grad_norm, step)
         except BaseException:
             self.optimizer.zero_grad()
             raise
         finally:
             self._causal_lm.eval()
         lr = self.optimizer.step(step)
+        self._has_stepped = True
         return rows.reduce(episodes) | {
             "loss": loss,
             "grad_norm": grad_norm,
@@ -201,6 +207,16 @@ class Student:
         if features_NH.requires_grad:
             features_NH.backward(leaf_NH.grad)
         return loss
+
+    def _refuse_no_op(self, rows: StepRows, grad_norm: float, step: int) -> None:
+        """A run in which the teacher's signal never reaches the weights looks healthy for hours; say so at once."""
+        largest = rows.largest_kl()
+        if grad_norm == 0 and largest > 0 and self.config.loss.teacher_tau:
+            raise NumericError(
+                f"step {step}: student and teacher differ by up to {largest:.3g} nats on trained tokens, and yet the "
+                f"gradient is exactly 0: this run would learn nothing. Are the {len(self.parameters)} trained tensors "
+                "cut off from the output (student.lora.target_modules), or is the student certain of every token?"
+            )
 
     # --- what the server and the canary need
 
@@ -279,7 +295,9 @@ class Student:
                 self._load_adapter(load_file(checkpoint.path / "adapter.safetensors"))
             else:
                 dtype = next(iter(self.parameters.values())).dtype
-                saved = AutoModelForCausalLM.from_pretrained(checkpoint.path / "model", dtype=dtype)
+                saved = AutoModelForCausalLM.from_pretrained(
+                    checkpoint.path / "model", dtype=dtype, use_safetensors=True
+                )
                 _same_shapes(saved.state_dict(), self._causal_lm.state_dict())
                 self._causal_lm.load_state_dict(saved.state_dict())
             self.optimizer.load_state(load_file(checkpoint.path / "optimizer.safetensors"))
@@ -316,6 +334,24 @@ def _with_lora(model: PreTrainedModel, lora: LoraConfig) -> Any:
             task_type="CAUSAL_LM",
         ),
     )
+
+
+def _refuse_adapted_ties(model: PreTrainedModel) -> None:
+    """Input and output embedding are one tensor: an adapter on one of them cannot be merged without the other.
+
+    Raises:
+        ValueError: naming the module.
+    """
+    if model.get_input_embeddings().weight is not model.get_output_embeddings().weight:
+        return
+    for name, module in model.named_modules():
+        if module in (model.get_input_embeddings(), model.get_output_embeddings()) and hasattr(
+            module, "get_delta_weight"
+        ):
+            raise ValueError(
+                f"student.lora.target_modules: {name!r} shares its weight with the other embedding of this model, so "
+                "an adapter on it cannot be served; leave it out"
+            )
 
 
 def _switch_off_dropout(model: nn.Module) -> None:

@@ -29,6 +29,10 @@ class StepRows:
         }
         self._parts.append(part)
 
+    def largest_kl(self) -> float:
+        """Largest absolute difference of student's and teacher's log-probability of a trained token, in nats."""
+        return max(float(np.abs(part["teacher_kl"]).max()) for part in self._parts)
+
     def reduce(self, episodes: Sequence[Episode]) -> Metrics:
         """Means and percentiles over all rows; None where a number overflows."""
         rows = {name: np.concatenate([part[name] for part in self._parts]) for name in self._parts[0]}
@@ -61,5 +65,7 @@ class StepRows:
         datasets = np.array([str(e.task.metadata.get("dataset") or e.env_id) for e in episodes])
         row_datasets = datasets[rows["episode"]]
         for dataset in np.unique(row_datasets):
-            metrics[f"teacher_kl/{dataset}"] = kl[row_datasets == dataset].mean()
+            name = f"teacher_kl/{dataset}"
+            # A data set called "answer" must not replace the number of the token class.
+            metrics[f"teacher_kl/dataset_{dataset}" if name in metrics else name] = kl[row_datasets == dataset].mean()
         return {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}

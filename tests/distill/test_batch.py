@@ -6,10 +6,12 @@ import random
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from training_cases import make_episode, make_episodes
 
 from agent_loop.types import TokenClass
-from distill.batch import collate, group_advantages, items_of, split_micro_batches
+from distill.batch import TrainItem, collate, group_advantages, items_of, split_micro_batches
 
 
 def test_every_trained_token_has_the_row_that_predicts_it() -> None:
@@ -55,6 +57,37 @@ def test_micro_batches_hold_every_trace_once_within_the_budget() -> None:
     assert [len(g) for g in split_micro_batches(items, 1)] == [1] * 40
     assert len(split_micro_batches(items, 10**9)) == 1
     assert split_micro_batches([], 100) == []
+
+
+@settings(deadline=None, max_examples=60)
+@given(seed=st.integers(0, 2**31), count=st.integers(1, 8), max_tokens=st.integers(1, 400), junk=st.floats(-99, 0))
+def test_rows_do_not_depend_on_packing_or_on_masked_values(seed: int, count: int, max_tokens: int, junk: float) -> None:
+    """Whatever the order, the split and the numbers at masked positions: the same rows."""
+    episodes = make_episodes(count, seed=seed, top_k=2)
+
+    def rows_of(groups: list[list[TrainItem]]) -> list[tuple[float, ...]]:
+        found = []
+        for group in groups:
+            batch = collate(group)
+            assert batch.topk_ids_NK is not None
+            for n in range(batch.num_trained):
+                context = batch.input_ids_BT[batch.seq_N[n], : batch.pos_N[n] + 1].tolist()
+                per_row = (batch.episodes_N, batch.pos_N, batch.targets_N, batch.turns_N, batch.classes_N)
+                scores = (batch.sampling_logprobs_N, batch.teacher_logprobs_N)
+                head = batch.topk_ids_NK[n].tolist()
+                found.append((*(float(values[n]) for values in (*per_row, *scores)), *head, *context))
+        return sorted(found)
+
+    wanted = rows_of([items_of(episodes)])
+    items = items_of(episodes)
+    random.Random(seed).shuffle(items)
+    for item in items:
+        trace = item.trace
+        assert trace.teacher_logprobs is not None
+        for i, trained in enumerate(trace.loss_mask):
+            if not trained:
+                trace.teacher_logprobs[i] = trace.sampling_logprobs[i] = junk
+    assert rows_of(split_micro_batches(items, max_tokens)) == wanted
 
 
 def test_traces_without_a_trained_token_are_left_out() -> None:

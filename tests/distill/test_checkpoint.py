@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import shutil
@@ -93,6 +94,16 @@ def point_outside(path: Path) -> None:
     (path / MANIFEST).write_text(json.dumps(manifest))
 
 
+def state_of_another_version(path: Path) -> None:
+    (path / "state.json").write_text('{"step": 2}')
+    manifest = json.loads((path / MANIFEST).read_text())
+    manifest["files"]["state.json"] = {
+        "size": 11,
+        "sha256": hashlib.sha256((path / "state.json").read_bytes()).hexdigest(),
+    }
+    (path / MANIFEST).write_text(json.dumps(manifest))
+
+
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
@@ -103,6 +114,9 @@ def point_outside(path: Path) -> None:
         (lambda path: (path / MANIFEST).write_text("{}"), "does not list the files"),
         (break_json, "cannot be read"),
         (point_outside, "outside of the checkpoint"),
+        (lambda path: (path / "model" / "pytorch_model.bin").write_bytes(b"\x80\x04."), "may hold pickled code"),
+        (lambda path: (path / "model" / "chat_template.jinja").write_text("{{ x }}"), "is not of this checkpoint"),
+        (state_of_another_version, "has no 'cursor'"),
     ],
 )
 def test_a_damaged_one_is_passed_over_with_its_reason(

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from distill.config import LossConfig
 from distill.loss import reverse_kl_loss
@@ -166,6 +168,52 @@ def test_equals_a_reference_in_plain_python() -> None:
     assert output.metrics_N["clipped"].sum() == (output.metrics_N["ratio"] == rho).sum() > 0
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 2**31),
+    size=st.integers(2, 12),
+    top_k=st.integers(0, 12),
+    kind=st.sampled_from(["sampled", "topk", "full"]),
+    scale=st.floats(0.0, 5.0),
+    tau=st.floats(0.1, 3.0),
+)
+def test_expected_gradient_whatever_the_distributions(
+    seed: int, size: int, top_k: int, kind: Any, scale: float, tau: float
+) -> None:
+    logits, teacher = distributions(seed, size=size, scale=scale)
+    config = LossConfig(type=kind, teacher_tau=tau)
+    gradients_VV = gradients_by_token(logits, teacher, config, top_k=min(top_k, size))
+    expected = (logits.softmax(-1)[:, None] * gradients_VV).sum(0)
+    wanted = tau * exact_gradient(logits, teacher)
+    assert float((expected - wanted).norm()) <= 1e-6 * float(wanted.norm()) + 1e-12
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data(), count=st.integers(1, 12), rho=st.floats(1.0, 5.0))
+def test_rows_are_independent_of_each_other(data: st.DataObject, count: int, rho: float) -> None:
+    """Any split and any order of the rows gives the same loss and the same gradient of every row."""
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    logits_NV = torch.randn(count, V, generator=generator, dtype=torch.float64) * 3
+    targets = torch.randint(V, (count,), generator=generator).tolist()
+    b, t = -6 * torch.rand(2, count, generator=generator, dtype=torch.float64)
+    config = LossConfig(rho=rho)
+
+    def run(order: list[int]) -> tuple[float, torch.Tensor]:
+        leaf = logits_NV[order].clone().requires_grad_()
+        batch = rows([targets[i] for i in order], b[order], t[order])
+        output = reverse_kl_loss(leaf, batch, config, count)
+        output.loss.backward()
+        assert leaf.grad is not None
+        return output.loss.item(), leaf.grad
+
+    loss, gradient_NV = run(list(range(count)))
+    order = data.draw(st.permutations(range(count)))
+    cut = data.draw(st.integers(0, count))
+    parts = [run(part) for part in (order[:cut], order[cut:]) if part]
+    assert sum(value for value, _ in parts) == pytest.approx(loss, rel=1e-9, abs=1e-12)
+    torch.testing.assert_close(torch.cat([g for _, g in parts]), gradient_NV[order], rtol=1e-9, atol=1e-12)
+
+
 def test_metrics_are_unbiased_and_carry_no_gradient() -> None:
     logits, teacher = distributions(3)
     leaf = logits.expand(V, V).clone().requires_grad_()
@@ -183,8 +231,8 @@ def test_metrics_are_unbiased_and_carry_no_gradient() -> None:
 
 def test_narrow_logits_are_widened_and_float64_stays() -> None:
     batch = rows([1, 2], torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -1.0]))
-    for given, wanted in ((torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64,) * 2):
-        output = reverse_kl_loss(torch.randn(2, V, dtype=given), batch, LossConfig(), 2)
+    for dtype, wanted in ((torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64,) * 2):
+        output = reverse_kl_loss(torch.randn(2, V, dtype=dtype), batch, LossConfig(), 2)
         assert output.loss.dtype == wanted
 
 

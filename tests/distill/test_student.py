@@ -214,6 +214,65 @@ def test_a_non_finite_gradient_changes_nothing() -> None:
     handle.remove()
 
 
+def test_a_non_finite_weight_changes_nothing() -> None:
+    student = Student(tiny_model(), run_config())
+    name = "model.layers.0.mlp.down_proj.weight"
+    with torch.no_grad():
+        student.parameters[name][3, 5] = math.nan
+    weights = weights_of(student)
+    with pytest.raises(NumericError, match=r"the loss is nan in 1/task\d/0"):
+        student.train_step(make_episodes(2), step=1)
+    assert all(torch.equal(weights[n], t) for n, t in student.state_dict_for_serving().items() if n != name)
+    assert not student.optimizer.state()
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_a_first_step_that_moves_nothing_is_refused(lora: LoraConfig | None) -> None:
+    """The signal is cut off on its way to the weights; later steps may have no gradient by chance."""
+    student = Student(tiny_model(), run_config(lora=lora))
+    handles = [p.register_hook(torch.zeros_like) for p in student.parameters.values()]
+    weights = weights_of(student)
+    with pytest.raises(NumericError, match=r"step 1: .* gradient is exactly 0: this run would learn nothing"):
+        student.train_step(make_episodes(2), step=1)
+    assert all(torch.equal(weights[n], t) for n, t in student.state_dict_for_serving().items())
+    for handle in handles:
+        handle.remove()
+    student.train_step(make_episodes(2), step=1)
+    for parameter in student.parameters.values():
+        parameter.register_hook(torch.zeros_like)
+    assert student.train_step(make_episodes(2), step=2)["grad_norm"] == 0
+
+
+def test_a_teacher_that_agrees_is_no_error() -> None:
+    student = Student(tiny_model(), run_config())
+    episodes = make_episodes(2)
+    for episode in episodes:
+        trace = episode.traces[0]
+        own = student.logprobs(trace.token_ids)
+        trace.teacher_logprobs = [v if m else None for v, m in zip(own, trace.loss_mask, strict=True)]
+    metrics = student.train_step(episodes, step=1)
+    assert abs(metrics["teacher_kl"] or 0.0) < 1e-6
+
+
+def test_a_single_token_and_episodes_of_tool_output_alone() -> None:
+    """F19: no 0/0; what has nothing to train on is left out of the count."""
+    episodes = make_episodes(3)
+    for k, episode in enumerate(episodes):
+        trace = episode.traces[0]
+        first = trace.loss_mask.index(True)
+        trace.loss_mask = [k == 1 and i == first for i in range(len(trace))]
+    metrics = Student(tiny_model(), run_config()).train_step(episodes, step=1)
+    assert (metrics["train/tokens"], metrics["train/episodes"]) == (1, 1)
+    assert all(v is not None and math.isfinite(v) for v in metrics.values())
+
+
+def test_a_data_set_named_like_another_metric_keeps_its_own_line() -> None:
+    episodes = make_episodes(2)
+    episodes[0].task.metadata["dataset"] = "answer"
+    metrics = Student(tiny_model(), run_config()).train_step(episodes, step=1)
+    assert {"teacher_kl/answer", "teacher_kl/dataset_answer", "teacher_kl/toy"} <= metrics.keys()
+
+
 def test_nothing_to_train_on_is_refused() -> None:
     episodes = make_episodes(7)
     for episode in episodes:
@@ -308,6 +367,31 @@ def test_lora_trains_the_adapters_alone() -> None:
     assert not torch.equal(
         merged["model.layers.0.self_attn.q_proj.weight"], frozen["model.layers.0.self_attn.q_proj.weight"]
     )
+
+
+def test_an_adapter_on_the_output_head_is_trained_and_served() -> None:
+    lora = LoraConfig(rank=4, alpha=8.0, target_modules=("lm_head", "q_proj"))
+    student = Student(tiny_model(tied=False), run_config(optim={"lr": 1e-2}, lora=lora))
+    before = weights_of(student)
+    for step in (1, 2):
+        student.train_step(make_episodes(4), step=step)
+    after = weights_of(student)
+    assert {n for n in after if not torch.equal(after[n], before[n])} == {
+        "lm_head.weight",
+        *(f"model.layers.{i}.self_attn.q_proj.weight" for i in (0, 1)),
+    }
+    ids = list(range(2, 30))
+    with torch.no_grad():
+        wanted = student.serving_copy()(torch.tensor([ids])).logits[0].log_softmax(-1)
+    assert student.logprobs(ids)[1:] == pytest.approx([wanted[i - 1, ids[i]].item() for i in range(1, 28)], abs=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*:UserWarning")
+@pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
+def test_an_adapter_on_a_tied_embedding_is_refused(module: str) -> None:
+    lora = LoraConfig(rank=4, alpha=8.0, target_modules=(module, "q_proj"))
+    with pytest.raises(ValueError, match=rf"student\.lora\.target_modules: '.*{module}' shares its weight"):
+        Student(tiny_model(tied=True), run_config(lora=lora))
 
 
 @pytest.mark.parametrize("lora", [None, LORA])
