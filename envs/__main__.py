@@ -123,7 +123,7 @@ def _new(name: str, parent: Path) -> int:
     print("next:")
     print(f"  python -m envs check {shown}")
     print(f"  python -m pytest {shown}")
-    print(f"  python -m distill.run --env {shown}")
+    print(f"  python -m distill.run --env {shown} --student.model MODEL --teacher.model LARGER_MODEL")
     return EXIT_OK
 
 

@@ -109,7 +109,7 @@ def test_new_works_straight_away(tmp_path: Path) -> None:
     assert lines[2:] == [
         "  python -m envs check ./my-env",
         "  python -m pytest ./my-env",
-        "  python -m distill.run --env ./my-env",
+        "  python -m distill.run --env ./my-env --student.model MODEL --teacher.model LARGER_MODEL",
     ]
     check = python("-m", "envs", "check", "./my-env", cwd=tmp_path)
     assert check.returncode == 0, check.stdout + check.stderr
