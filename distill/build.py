@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 import envs
 from agent_loop.policy import VllmPolicy
 from agent_loop.renderer import Renderer, load_renderer
 from agent_loop.transport import AsgiTransport, HttpTransport, Transport
 from distill import models
-from distill.config import RunConfig, TeacherConfig
+from distill.config import RunConfig
 from distill.console import Console
 from distill.publish import EmbeddedPublisher, Publisher
 from distill.serving.embedded import EmbeddedEngine
@@ -64,6 +65,8 @@ class Parts:
     train_tasks: Sequence[Task]
     eval_tasks: Sequence[Task]
     tool_specs: Sequence[ToolSpec]
+    max_context: int | None
+    """Tokens that the student's server takes; None where only the server knows."""
 
     def make_env(self, *, verify: bool) -> ToolEnv:
         """A fresh environment; a grader is built only with `verify`."""
@@ -107,6 +110,7 @@ def build(config: RunConfig, console: Console) -> Parts:
         BuildError, ConfigError, TaskError: what is wrong, before anything is trained.
     """
     torch.manual_seed(config.seed)
+    transformers.utils.logging.disable_progress_bar()
     train_tasks, eval_tasks = load_tasks(config)
     student_path = models.resolve(config.student.model, progress=console.say)
     teacher_config = config.teacher
@@ -127,7 +131,7 @@ def build(config: RunConfig, console: Console) -> Parts:
         except ValueError as error:
             raise BuildError(f"teacher: {error}") from error
     student_endpoint = _student_endpoint(config, student, student_path, renderer)
-    teacher_endpoint = _teacher_endpoint(teacher_config, config, teacher_path, renderer)
+    teacher_endpoint = _teacher_endpoint(config, teacher_path)
     env = make_env(config, verify=False)
     if student_endpoint.engine is None:
         raise BuildError(
@@ -155,6 +159,7 @@ def build(config: RunConfig, console: Console) -> Parts:
         train_tasks=train_tasks,
         eval_tasks=eval_tasks,
         tool_specs=env.tool_specs,
+        max_context=config.student.max_context or student_endpoint.engine.limits.max_model_len,
     )
 
 
@@ -168,12 +173,17 @@ def _student_endpoint(config: RunConfig, student: Student, path: str | Path, ren
     return Endpoint(transport=AsgiTransport(engine.app), model="student", path=path, engine=engine)
 
 
-def _teacher_endpoint(teacher: TeacherConfig, config: RunConfig, path: str | Path, renderer: Renderer) -> Endpoint:
+def _teacher_endpoint(config: RunConfig, path: str | Path) -> Endpoint:
+    teacher = config.teacher
     if teacher.base_url is not None:
-        transport = HttpTransport(teacher.base_url, api_key=_api_key(teacher.api_key_env))
-        return Endpoint(transport=transport, model=teacher.model or config.student.model, path=path)
+        transport = HttpTransport(
+            teacher.base_url, api_key=_api_key(teacher.api_key_env), retry_deadline_s=teacher.timeout_s
+        )
+        return Endpoint(transport=transport, model=config.teacher_model, path=path)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = teacher.dtype if teacher.dtype != "auto" else ("bfloat16" if device == "cuda" else "float32")
     engine = EmbeddedEngine.from_pretrained(
-        path, name="teacher", dtype=teacher.dtype, max_logprobs=max(20, teacher.top_k)
+        path, name="teacher", dtype=dtype, device=device, max_logprobs=max(20, teacher.top_k)
     )
     return Endpoint(transport=AsgiTransport(engine.app), model="teacher", path=path, engine=engine)
 

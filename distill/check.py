@@ -16,7 +16,7 @@ import sys
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
 from agent_loop.types import SamplingParams
@@ -252,7 +252,7 @@ def sampling(parts: Parts) -> list[Finding]:
 async def server(parts: Parts, endpoint: Endpoint, who: Literal["student", "teacher"]) -> list[Finding]:
     """Is the model there, and is its context long enough for the budgets?"""
     name = f"{who}_server"
-    reply = await endpoint.transport.get_json("/v1/models", timeout_s=30.0)
+    reply = await endpoint.transport.get_json("/v1/models", timeout_s=5.0)
     served = {entry["id"]: entry for entry in reply.get("data", [])}
     if endpoint.model not in served:
         return [

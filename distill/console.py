@@ -31,9 +31,9 @@ class Console:
     def table(self, text: str) -> None:
         self._rich.print(text, markup=False)
 
-    def phase(self, description: str, total: int) -> Phase:
-        """A stretch of work of `total` parts: a bar on a terminal, a line at its start otherwise."""
-        return Phase(self, description, total)
+    def phase(self, description: str, total: int, *, announce: bool = True) -> Phase:
+        """A stretch of work of `total` parts: a bar on a terminal; otherwise a line at its start, if `announce`."""
+        return Phase(self, description, total, announce=announce)
 
     def step(self, step: int, steps: int, metrics: Mapping[str, float | int | None]) -> None:
         """The one line of a training step."""
@@ -62,7 +62,8 @@ class Console:
 class Phase:
     """A context manager; call `advance` for each part that is done."""
 
-    def __init__(self, console: Console, description: str, total: int) -> None:
+    def __init__(self, console: Console, description: str, total: int, *, announce: bool) -> None:
+        self._announce = announce
         self._console = console
         self._description = description
         self._total = total
@@ -81,7 +82,7 @@ class Phase:
             )
             self._bar.start()
             self._task = self._bar.add_task(self._description, total=self._total)
-        else:
+        elif self._announce:
             self._console.say(f"{self._description} ({self._total})")
         return self
 

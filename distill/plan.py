@@ -26,8 +26,9 @@ def plan(config: RunConfig) -> str:
     teacher = config.teacher.base_url or "embedded engine"
     context = " with a system prompt of its own" if config.teacher.system_prompt else ""
     reward = "skipped" if config.skip_verification else "tracked"
+    names = ", ".join(spec.name for spec in env.tool_specs) or "none"
     lines = [
-        f"environment   {config.env}: {len(env.tool_specs)} tools ({', '.join(s.name for s in env.tool_specs) or 'none'})",
+        f"environment   {config.env}: {len(env.tool_specs)} tools ({names})",
         f"student       {config.student.model} on {student}"
         + (f", LoRA rank {config.student.lora.rank}" if config.student.lora else ""),
         f"teacher       {config.teacher.model or config.student.model} on {teacher}{context}",

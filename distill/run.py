@@ -42,7 +42,8 @@ async def train(parts: Parts, run: RunDir, console: Console, checkpoint: Checkpo
     for step in range(first + 1, config.steps + 1):
         began = time.monotonic()
         tasks = source.take(config.rollout.batch_size)
-        with console.phase(f"step {step}: episodes", len(tasks) * config.rollout.group_size) as phase:
+        episodes = len(tasks) * config.rollout.group_size
+        with console.phase(f"step {step}: episodes", episodes, announce=False) as phase:
             scored = await collect(parts, run, tasks, step, on_episode=phase.advance)
         train_began = time.monotonic()
         trained = await asyncio.to_thread(parts.student.train_step, scored.trainable, step=step)

@@ -119,7 +119,7 @@ def sampling_of(parts: Parts) -> Sampling:
         temperature=rollout.temperature,
         top_p=rollout.top_p,
         top_k=rollout.top_k,
-        max_context=parts.config.student.max_context,
+        max_context=parts.max_context,
     )
 
 
@@ -134,7 +134,8 @@ def refuse_if_starved(
     share = sum(dropped.values()) / len(episodes)
     if share > allowed:
         raise TooManyDropped(
-            f"{share:.0%} of the step's episodes have no teacher score (teacher.max_dropped_fraction = {allowed:g}):{listed}"
+            f"{share:.0%} of the step's episodes have no teacher score "
+            f"(teacher.max_dropped_fraction = {allowed:g}):{listed}"
         )
 
 

@@ -70,7 +70,7 @@ class HttpTeacher:
         renderer: only needed with `system_prompt`.
         system_prompt: privileged context that the student never sees, put before the task's own system message
             (context distillation, as in SDFT, arXiv:2601.19897).
-        tool_specs: tools that the student's prompt was rendered with; only needed with `system_prompt`.
+        tool_specs: the environment's tools, in the order in which prompts name them; only needed with `system_prompt`.
     """
 
     def __init__(
@@ -126,9 +126,10 @@ class HttpTeacher:
         """The ids that replace the trace's first ones for the teacher, and how many they replace."""
         if self._system_prompt is None or self._renderer is None:
             return [], 0
-        student = self._renderer.render_prompt(self._renderer.clean(task.messages), self._tool_specs)
+        tools = [tool for tool in self._tool_specs if task.tools is None or tool.name in task.tools]
+        student = self._renderer.render_prompt(self._renderer.clean(task.messages), tools)
         privileged = with_system_prompt(task.messages, self._system_prompt)
-        teacher = self._renderer.render_prompt(self._renderer.clean(privileged), self._tool_specs)
+        teacher = self._renderer.render_prompt(self._renderer.clean(privileged), tools)
         shared = 0
         while shared < min(len(student), len(teacher)) and student[-1 - shared] == teacher[-1 - shared]:
             shared += 1
