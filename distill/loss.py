@@ -54,29 +54,30 @@ def reverse_kl_loss(
     b_N = batch.sampling_logprobs_N.to(device, dtype)
     targets_N = batch.targets_N.to(device)
 
-    log_z_N = logits_NV.logsumexp(-1)
-    s_N = logits_NV.gather(-1, targets_N[:, None]).squeeze(-1) - log_z_N
+    # On a CPU, twice as fast as `logsumexp` and the gathered logits; the logits themselves are not needed again.
+    logprobs_NV = logits_NV.log_softmax(-1)
+    del logits_NV
+    s_N = logprobs_NV.gather(-1, targets_N[:, None]).squeeze(-1)
     with torch.no_grad():
         raw_ratio_N = (s_N - b_N).exp()
         r_N = raw_ratio_N.clamp(max=config.rho)
     if config.type == "sampled":
         teacher_N = -r_N * (t_N - s_N).detach() * s_N
     elif config.type == "topk":
-        teacher_N = _topk_rows(logits_NV, log_z_N, s_N, t_N, r_N, targets_N, batch)
+        teacher_N = _topk_rows(logprobs_NV, s_N, t_N, r_N, targets_N, batch)
     else:
-        teacher_N = _full_rows(logits_NV, log_z_N, teacher_logprobs_NV)
+        teacher_N = _full_rows(logprobs_NV, teacher_logprobs_NV)
     rows_N = config.teacher_tau * teacher_N
     if config.adv_tau:
         rows_N = rows_N - r_N * config.adv_tau * batch.advantages_N.to(device, dtype) * s_N
     return LossOutput(
         loss=rows_N.sum() / num_trained_step,
-        metrics_N=_row_metrics(logits_NV, log_z_N, s_N, t_N, b_N, raw_ratio_N, config.rho),
+        metrics_N=_row_metrics(logprobs_NV, s_N, t_N, b_N, raw_ratio_N, config.rho),
     )
 
 
 def _topk_rows(
-    logits_NV: torch.Tensor,
-    log_z_N: torch.Tensor,
+    logprobs_NV: torch.Tensor,
     s_N: torch.Tensor,
     t_N: torch.Tensor,
     r_N: torch.Tensor,
@@ -92,9 +93,9 @@ def _topk_rows(
     """
     if batch.topk_ids_NK is None or batch.topk_logprobs_NK is None:
         raise ValueError('loss.type "topk" needs the teacher\'s candidates; set teacher.top_k')
-    ids_NK = batch.topk_ids_NK.to(logits_NV.device)
-    teacher_NK = batch.topk_logprobs_NK.to(logits_NV)
-    student_NK = logits_NV.gather(-1, ids_NK) - log_z_N[:, None]
+    ids_NK = batch.topk_ids_NK.to(logprobs_NV.device)
+    teacher_NK = batch.topk_logprobs_NK.to(logprobs_NV)
+    student_NK = logprobs_NV.gather(-1, ids_NK)
     p_NK = student_NK.exp()
     d_NK = (student_NK - teacher_NK).detach()
     with torch.no_grad():
@@ -107,25 +108,21 @@ def _topk_rows(
     return head_N + torch.where(in_tail_N, sampled_N, torch.zeros_like(sampled_N))
 
 
-def _full_rows(
-    logits_NV: torch.Tensor, log_z_N: torch.Tensor, teacher_logprobs_NV: torch.Tensor | None
-) -> torch.Tensor:
+def _full_rows(logprobs_NV: torch.Tensor, teacher_logprobs_NV: torch.Tensor | None) -> torch.Tensor:
     """The KL itself; its gradient is what autograd makes of it."""
     if teacher_logprobs_NV is None:
         raise ValueError('loss.type "full" needs a teacher in this process: Student.set_teacher')
-    if teacher_logprobs_NV.shape != logits_NV.shape:
+    if teacher_logprobs_NV.shape != logprobs_NV.shape:
         raise ValueError(
             f"loss.type \"full\": the teacher's rows have shape {list(teacher_logprobs_NV.shape)}, the student's "
-            f"{list(logits_NV.shape)}; both need one vocabulary"
+            f"{list(logprobs_NV.shape)}; both need one vocabulary"
         )
-    student_NV = logits_NV - log_z_N[:, None]
-    return (student_NV.exp() * (student_NV - teacher_logprobs_NV.to(logits_NV))).sum(-1)
+    return (logprobs_NV.exp() * (logprobs_NV - teacher_logprobs_NV.to(logprobs_NV))).sum(-1)
 
 
 @torch.no_grad()
 def _row_metrics(
-    logits_NV: torch.Tensor,
-    log_z_N: torch.Tensor,
+    logprobs_NV: torch.Tensor,
     s_N: torch.Tensor,
     t_N: torch.Tensor,
     b_N: torch.Tensor,
@@ -139,8 +136,8 @@ def _row_metrics(
         "teacher_kl": kl_N,
         "k2": kl_N.square() / 2,
         "k3": torch.expm1(-kl_N) + kl_N,
-        "entropy": log_z_N - (logits_NV.softmax(-1) * logits_NV).sum(-1),
+        "entropy": -(logprobs_NV.exp() * logprobs_NV).sum(-1),
         "ratio": raw_ratio_N.clamp(max=rho),
-        "clipped": (raw_ratio_N > rho).to(logits_NV.dtype),
+        "clipped": (raw_ratio_N > rho).to(logprobs_NV.dtype),
         "mismatch": s_N - b_N,
     }

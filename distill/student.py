@@ -193,8 +193,9 @@ class Student:
             if self._teacher is not None and teacher_NH is not None:
                 with torch.no_grad():
                     teacher_NV = self._teacher.head(teacher_NH[start : start + size]).log_softmax(-1)
-            logits_NV = self.rows.head(leaf_NH[start : start + size])
-            output = reverse_kl_loss(logits_NV, part, self.config.loss, num_trained, teacher_NV)
+            output = reverse_kl_loss(
+                self.rows.head(leaf_NH[start : start + size]), part, self.config.loss, num_trained, teacher_NV
+            )
             rows.add(part, output.metrics_N)
             value = float(output.loss.detach())
             if not abs(value) < float("inf"):
