@@ -3,6 +3,8 @@
 import envs
 envs.register("my_env", "my_package:MyEnv")
 env = envs.make("my_env")
+
+To write an environment: `ToolEnv`, `tool`, `Task`, `Limits`, `AssistantMessage` and `StopReason` are here too.
 """
 
 from __future__ import annotations
@@ -16,6 +18,11 @@ if TYPE_CHECKING:
     from envs.registry import register as register
     from envs.registry import spec as spec
     from envs.tool_env import ToolEnv as ToolEnv
+    from envs.types import AssistantMessage as AssistantMessage
+    from envs.types import Limits as Limits
+    from envs.types import StopReason as StopReason
+    from envs.types import Task as Task
+    from tools.tool import tool as tool
 
 _tools = _find_spec("tools")
 if _tools is not None and _tools.submodule_search_locations is None:
@@ -25,11 +32,16 @@ if _tools is not None and _tools.submodule_search_locations is None:
     )
 
 _PUBLIC = {
+    "AssistantMessage": "envs.types",
+    "Limits": "envs.types",
+    "StopReason": "envs.types",
+    "Task": "envs.types",
     "ToolEnv": "envs.tool_env",
     "list_envs": "envs.registry",
     "make": "envs.registry",
     "register": "envs.registry",
     "spec": "envs.registry",
+    "tool": "tools.tool",
 }
 
 

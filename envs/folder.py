@@ -4,6 +4,7 @@
       tools.py       optional; without it an episode is a single turn
       train.jsonl
       eval.jsonl     optional: held-out tasks
+      test.jsonl     optional: the split `test`
 
 `python -m distill.run --env path/to/my_folder`
 
@@ -72,7 +73,7 @@ class FolderEnv(ToolEnv):
         return found
 
     def default_tasks(self, split: str = "train", num_tasks: int | None = None) -> Sequence[Task]:
-        """The tasks of `train.jsonl` or `eval.jsonl`; none where the file is missing.
+        """The tasks of `<split>.jsonl`; none where the file is missing.
 
         Raises:
             TaskError: a row that is not a task, with file and line.

@@ -3,10 +3,12 @@
     envs.register("my_env", "my_package.my_env:MyEnv")
     env = envs.make("my_env", limits=Limits(max_turns=6))
 
-Registered names are Gymnasium's too: `gymnasium.make("my_env")`. An installed package offers environments through the
-entry-point group `distill_gym.envs`; only the one asked for is imported, so a broken plug-in is listed as broken
-and stops nothing. A name that is registered goes before a plug-in's. A path of a folder is a name as well
-(`envs.folder`).
+Registered names are Gymnasium's too: `gymnasium.make("my_env")`. Those that come with this package are registered when
+this module is imported: `gymnasium.make("envs.registry:medbrowse")` does both. Those of plug-ins are known here only.
+
+An installed package offers environments through the entry-point group `distill_gym.envs`; only the one asked for is
+imported, so a broken plug-in is listed as broken and stops nothing. A name that is registered goes before a plug-in's.
+A path of a folder is a name as well (`envs.folder`).
 """
 
 from __future__ import annotations
@@ -83,7 +85,14 @@ def register(id: str, entry_point: str | type[ToolEnv], **kwargs: Any) -> None:
     _entries[id] = EnvEntry(id=id, entry_point=shown, source=source, kwargs=kwargs, loader=loader)
     if known is None:
         # Gymnasium's own order wrapper would hide areset and astep; ToolEnv enforces the order itself.
-        gymnasium.register(id, entry_point=lambda **kw: make(id, **kw), order_enforce=False, disable_env_checker=True)
+        # A string, not a function: Gymnasium can then write the spec to JSON.
+        gymnasium.register(
+            id,
+            entry_point="envs.registry:make_for_gymnasium",
+            kwargs={"registered_id": id},
+            order_enforce=False,
+            disable_env_checker=True,
+        )
 
 
 def make(id: str, **kwargs: Any) -> ToolEnv:
@@ -107,6 +116,11 @@ def make(id: str, **kwargs: Any) -> ToolEnv:
     env = _construct(load(entry), id, {**entry.kwargs, **kwargs})
     env.env_id = id
     return env
+
+
+def make_for_gymnasium(registered_id: str, **kwargs: Any) -> ToolEnv:
+    """`make`, as Gymnasium calls it: `gymnasium.make` has an argument `id` of its own."""
+    return make(registered_id, **kwargs)
 
 
 def _construct(env_class: type[ToolEnv], id: str, kwargs: dict[str, Any]) -> ToolEnv:

@@ -28,9 +28,7 @@ class MessagesSpace(gymnasium.Space[tuple[Message, ...]]):
         return ({"role": "user", "content": text},)
 
     def contains(self, x: Any) -> bool:
-        return isinstance(x, tuple) and all(
-            isinstance(m, dict) and m.get("role") in ROLES and isinstance(m.get("content"), str) for m in x
-        )
+        return isinstance(x, tuple) and all(_is_message(message) for message in x)
 
     @property
     def is_np_flattenable(self) -> bool:
@@ -47,7 +45,9 @@ class MessagesSpace(gymnasium.Space[tuple[Message, ...]]):
 
 
 class AssistantSpace(gymnasium.Space[AssistantMessage]):
-    """An assistant message; `sample()` calls one of the tools with arguments that satisfy its schema, or answers."""
+    """An assistant message; `sample()` calls one or two of the tools with arguments that satisfy their schemas, or
+    answers. A call that is malformed, of an unknown tool or with wrong arguments is an action too: the environment
+    answers it. What is no action is a record that breaks the types of `envs.types`, or two calls of one id."""
 
     def __init__(self, specs: Sequence[ToolSpec], seed: int | np.random.Generator | None = None) -> None:
         super().__init__(shape=None, dtype=None, seed=seed)
@@ -56,19 +56,24 @@ class AssistantSpace(gymnasium.Space[AssistantMessage]):
     def sample(self, mask: None = None, probability: None = None) -> AssistantMessage:
         if not self.specs or self.np_random.random() < 0.1:
             return AssistantMessage(content=str(self.np_random.choice(WORDS)) or "done")
-        calls = []
+        calls: list[ToolCall] = []
+        message_id = int(self.np_random.integers(2**32))  # the space knows no turn, and ids are of an episode
         for index in range(int(self.np_random.integers(1, 3))):
             spec = self.specs[int(self.np_random.integers(len(self.specs)))]
             arguments = sample_schema(spec.parameters, spec.parameters, self.np_random)
             raw = json.dumps({"name": spec.name, "arguments": arguments})
-            calls.append(ToolCall(id=f"call_{index}", name=spec.name, arguments=arguments, raw=raw))
+            calls.append(ToolCall(id=f"call_{message_id:08x}_{index}", name=spec.name, arguments=arguments, raw=raw))
         return AssistantMessage(content="", tool_calls=tuple(calls))
 
     def contains(self, x: Any) -> bool:
         return (
             isinstance(x, AssistantMessage)
             and isinstance(x.content, str)
-            and all(isinstance(call, ToolCall) for call in x.tool_calls)
+            and isinstance(x.reasoning, str | None)
+            and isinstance(x.finished, bool)
+            and isinstance(x.tool_calls, tuple)
+            and all(_is_call(call) for call in x.tool_calls)
+            and len({call.id for call in x.tool_calls}) == len(x.tool_calls)
         )
 
     @property
@@ -83,6 +88,26 @@ class AssistantSpace(gymnasium.Space[AssistantMessage]):
 
     def __repr__(self) -> str:
         return f"AssistantSpace({', '.join(spec.name for spec in self.specs)})"
+
+
+def _is_message(x: Any) -> bool:
+    if not (isinstance(x, dict) and x.get("role") in ROLES and isinstance(x.get("content"), str)):
+        return False
+    # The keys that a role need not have are text where they are there; a tool message always names its call.
+    texts = [x[key] for key in ("reasoning_content", "name", "tool_call_id") if key in x]
+    named = x["role"] != "tool" or bool(x.get("tool_call_id"))
+    return named and all(isinstance(text, str) for text in texts) and isinstance(x.get("tool_calls", []), list)
+
+
+def _is_call(x: Any) -> bool:
+    return (
+        isinstance(x, ToolCall)
+        and isinstance(x.id, str)
+        and x.id != ""
+        and isinstance(x.name, str)
+        and isinstance(x.raw, str)
+        and isinstance(x.arguments, dict | None)
+    )
 
 
 def sample_schema(schema: dict[str, Any], root: dict[str, Any], random: np.random.Generator, depth: int = 0) -> Any:

@@ -79,6 +79,7 @@ class ToolEnv(gymnasium.Env[tuple[Message, ...], AssistantMessage]):
         self._tasks: Sequence[Task] | None = None
         self._grader: Grader | None = None
         self._task: Task | None = None
+        self._task_metadata: dict[str, Any] = {}
         self._ended = True
         self._stepping = False
         self._episode_number = 0
@@ -139,6 +140,7 @@ class ToolEnv(gymnasium.Env[tuple[Message, ...], AssistantMessage]):
         Raises:
             ValueError: no task given and none of its own; a task that names a tool which is not there.
             TypeError: `options["task"]` is no `Task`.
+            ResetNeeded: another reset began while this one ran: the episode is the other's.
         """
         gymnasium.Env.reset(self, seed=seed, options=options)
         given = (options or {}).get("task")
@@ -154,12 +156,17 @@ class ToolEnv(gymnasium.Env[tuple[Message, ...], AssistantMessage]):
         self._ended = True  # until it is prepared: a step after a reset that failed is refused
         self._stepping = False
         self._episode_number += 1
+        number = self._episode_number
         self._turns = 0
         self._calls: Counter[str] = Counter()
         self._parse_errors = 0
         self.state = {}
         self.messages = list(task.messages)
+        # Tools get a copy: what one writes into its Metadata must not be there when the task is played again.
+        self._task_metadata = copy.deepcopy(task.metadata)
         await self.on_reset(task)
+        if number != self._episode_number:
+            raise ResetNeeded("the environment was reset again while this reset ran; have an instance for each episode")
         self._ended = False
         # A copy: whoever changes what was observed must not change the task.
         return copy.deepcopy(task.messages), {"task_id": task.id, "stop_reason": None}
@@ -174,6 +181,7 @@ class ToolEnv(gymnasium.Env[tuple[Message, ...], AssistantMessage]):
         Raises:
             ResetNeeded: before the first reset, after the end, while another step runs; and out of a step during which
                 the environment was reset: its late results belong to no episode and are dropped.
+            TypeError: the action is no `AssistantMessage`; nothing is counted.
         """
         if self._task is None:
             raise ResetNeeded("step was called before reset")
@@ -181,10 +189,16 @@ class ToolEnv(gymnasium.Env[tuple[Message, ...], AssistantMessage]):
             raise ResetNeeded("a step is still running: wait for it; concurrent episodes have an instance each")
         if self._ended:
             raise ResetNeeded("the episode has ended: call reset before the next step")
+        if not isinstance(action, AssistantMessage):
+            raise TypeError(
+                f"step takes an envs.types.AssistantMessage, found {type(action).__name__}; "
+                "a reply without calls is AssistantMessage(content=...)"
+            )
+        said = action.to_message()  # before anything is counted: a broken action leaves the episode as it was
         number = self._episode_number
         self._stepping = True
         self._turns += 1
-        self.messages.append(action.to_message())
+        self.messages.append(said)
         num_malformed = sum(call.parse_error is not None for call in action.tool_calls)
         self._parse_errors += num_malformed
         try:
@@ -286,7 +300,7 @@ class ToolEnv(gymnasium.Env[tuple[Message, ...], AssistantMessage]):
                 allowed.append(call)
             if reason is None and call.parse_error is None:  # a budget is one of attempts, wrong ones among them
                 self._calls[call.name] += 1
-        ran = iter(await self.toolbox.run(allowed, metadata=self.task.metadata, state=self.state))
+        ran = iter(await self.toolbox.run(allowed, metadata=self._task_metadata, state=self.state))
         return [refused[i] if i in refused else next(ran) for i in range(len(calls))], over
 
     def _all_names(self) -> set[str]:
@@ -318,11 +332,13 @@ class ToolEnv(gymnasium.Env[tuple[Message, ...], AssistantMessage]):
 
     def _budget(self) -> dict[str, int | None]:
         calls = self.limits.max_tool_calls
-        return {
+        left = {
             "turns": self.limits.max_turns - self._turns,
             "tool_calls": None if calls is None else calls - self._calls.total(),
             "parse_errors": self.limits.max_parse_errors - self._parse_errors,
         }
+        per_tool = self.limits.max_calls_per_tool
+        return left | {f"tool_calls[{name}]": most - self._calls[name] for name, most in per_tool.items()}
 
 
 def _refusal(call: ToolCall, kind: ToolErrorKind, message: str) -> ToolResult:

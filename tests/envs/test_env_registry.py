@@ -68,6 +68,36 @@ def test_gymnasium_makes_it_too() -> None:
     assert isinstance(env, Plain)  # no wrapper in the way of areset and astep
     observation, _ = env.reset(seed=1)
     assert observation[0]["content"] == "hey"
+    spec: Any = env.spec
+    assert json.loads(spec.to_json())["id"] == "reg_gym"
+    several = gymnasium.make_vec("reg_gym", num_envs=2, vectorization_mode="sync")
+    observations, _ = several.reset(seed=1)
+    assert [messages[0]["content"] for messages in observations] == ["hello", "hello"]
+    several.close()
+
+
+def test_gymnasium_finds_ours_in_a_fresh_process() -> None:
+    code = """
+import json, gymnasium
+first = gymnasium.make("envs.registry:medbrowse")
+print(json.dumps([type(first).__name__, gymnasium.make("medbrowse").env_id]))
+"""
+    assert python(code) == ["MedBrowseEnv", "medbrowse"]
+
+
+def test_the_package_offers_what_an_environment_is_written_with() -> None:
+    code = """
+import json, sys, envs
+heavy = [m for m in ("gymnasium", "numpy", "pydantic", "tools.tool") if m in sys.modules]
+offered = {name: getattr(envs, name).__name__ for name in envs._PUBLIC}
+print(json.dumps([heavy, offered]))
+"""
+    heavy, offered = python(code)
+    assert heavy == []
+    assert offered == {name: name for name in offered}
+    assert {"AssistantMessage", "Limits", "StopReason", "Task", "ToolEnv", "make", "register", "tool"} <= set(offered)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = envs.nothing
 
 
 def test_an_entry_point_is_imported_when_it_is_made() -> None:

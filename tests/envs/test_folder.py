@@ -166,7 +166,8 @@ def test_unknown_argument(tmp_path: Path) -> None:
 )
 def test_contains_answer(said: Any, success: float) -> None:
     task = Task(messages=({"role": "user", "content": "?"},), metadata={"answer": 5})
-    messages: list[Message] = [*task.messages, {"role": "assistant", **said}]
+    answered: Any = {"role": "assistant", **said}
+    messages: list[Message] = [*task.messages, answered]
     assert contains_answer(task, {}, messages) == {"success": success}
 
 

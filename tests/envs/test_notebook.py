@@ -112,6 +112,19 @@ def test_enabled_in_a_notebook() -> None:
     assert done.stdout == "done\n"
 
 
+def test_enabling_without_a_loop_says_that_it_is_not_needed() -> None:
+    code = """
+import sys, envs.notebook
+try:
+    envs.notebook.enable()
+except RuntimeError as error:
+    print(error, 'nest_asyncio' in sys.modules, envs.notebook.enabled())
+"""
+    done = python(code)
+    assert "no event loop runs here" in done.stdout, done.stderr
+    assert done.stdout.endswith("False False\n")
+
+
 def test_nothing_patches_asyncio_unasked() -> None:
     done = python(
         "import sys, envs, envs.tool_env, envs.background, envs.notebook; print('nest_asyncio' in sys.modules)"

@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field
 from envs.spaces import AssistantSpace, MessagesSpace, sample_schema
 from envs.types import AssistantMessage
 from tools.tool import Tool, tool
+from tools.types import ToolCall
 
 
 class Colour(StrEnum):
@@ -88,6 +89,10 @@ def test_actions_are_contained_and_seeded() -> None:
     assert "simple" in repr(space)
 
 
+def called(call_id: str) -> ToolCall:
+    return ToolCall(id=call_id, name="simple", arguments={}, raw="")
+
+
 def test_without_tools_an_action_is_an_answer() -> None:
     space = AssistantSpace([])
     assert all(space.sample().content and not space.sample().tool_calls for _ in range(20))
@@ -95,13 +100,51 @@ def test_without_tools_an_action_is_an_answer() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    ["text", None, {"content": "x"}, [AssistantMessage(content="")], AssistantMessage(content=None)],
+    [
+        "text",
+        None,
+        {"content": "x"},
+        [AssistantMessage(content="")],
+        AssistantMessage(content=None),  # type: ignore[arg-type]
+        AssistantMessage(content="", reasoning=5),  # type: ignore[arg-type]
+        AssistantMessage(content="", finished=None),  # type: ignore[arg-type]
+        AssistantMessage(content="", tool_calls=[called("a")]),  # type: ignore[arg-type]
+        AssistantMessage(content="", tool_calls=("simple",)),  # type: ignore[arg-type]
+        AssistantMessage(content="", tool_calls=(called(""),)),
+        AssistantMessage(content="", tool_calls=(called("a"), called("a"))),
+    ],
 )
 def test_what_is_no_action(wrong: Any) -> None:
     assert wrong not in AssistantSpace([simple.spec])
 
 
-@pytest.mark.parametrize("wrong", ["text", [], ({"role": "robot", "content": ""},), ({"role": "user"},), ("text",)])
+def test_a_bad_call_is_an_action_too() -> None:
+    malformed = ToolCall(id="a", name="", arguments=None, raw="{", parse_error="no JSON")
+    unknown = ToolCall(id="b", name="no_such_tool", arguments={"x": []}, raw="")
+    cut_off = AssistantMessage(content="", reasoning="hm", tool_calls=(malformed, unknown), finished=False)
+    assert cut_off in AssistantSpace([simple.spec])
+
+
+def test_call_ids_are_of_one_episode() -> None:
+    space = AssistantSpace([simple.spec], seed=0)
+    ids = [call.id for _ in range(200) for call in space.sample().tool_calls]
+    assert len(set(ids)) == len(ids) > 200
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "text",
+        [],
+        ({"role": "robot", "content": ""},),
+        ({"role": "user"},),
+        ("text",),
+        ({"role": "tool", "content": "5"},),
+        ({"role": "tool", "content": "5", "tool_call_id": 3},),
+        ({"role": "assistant", "content": "", "tool_calls": {}},),
+        ({"role": "assistant", "content": "", "reasoning_content": None},),
+    ],
+)
 def test_what_is_no_observation(wrong: Any) -> None:
     assert wrong not in MessagesSpace()
 
@@ -110,4 +153,5 @@ def test_observations() -> None:
     space = MessagesSpace(seed=1)
     assert space.sample() in space
     assert () in space
+    assert ({"role": "tool", "content": "5", "tool_call_id": "a", "name": "simple"},) in space
     assert space == MessagesSpace()

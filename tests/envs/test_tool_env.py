@@ -128,7 +128,9 @@ async def test_calls() -> None:
 
 async def test_calls_of_one_tool() -> None:
     env = await begun(max_calls_per_tool={"add": 1})
-    assert (await play(env, ADD, says(call("note", text="x")))).info["stop_reason"] is None
+    went_on = (await play(env, ADD, says(call("note", text="x")))).info
+    assert went_on["stop_reason"] is None
+    assert went_on["budget"]["tool_calls[add]"] == 0
     outcome = await env.astep(ADD)
     assert outcome.info["stop_reason"] is StopReason.TOOL_BUDGET
     assert outcome.observation[0]["content"] == "budget: no calls left (tool_budget)"
@@ -405,6 +407,56 @@ async def test_late_results_reach_no_later_episode() -> None:
     assert "late" not in env.state
     assert env.messages == list(OTHER.messages)
     assert (await env.astep(ADD)).info["budget"]["turns"] == 9
+
+
+async def test_what_is_no_action_changes_nothing() -> None:
+    env = await begun()
+    for wrong in ("hello", {"content": "hello"}, None):
+        with pytest.raises(TypeError, match=rf"AssistantMessage, found {type(wrong).__name__}"):
+            await env.astep(wrong)  # type: ignore[arg-type]
+    outcome = await env.astep(ADD)
+    assert outcome.info["budget"]["turns"] == 9
+    assert len(env.messages) == len(TASK.messages) + 2
+
+
+async def test_a_tool_that_writes_into_the_metadata_leaves_the_task_alone() -> None:
+    @tool
+    async def bump(*, metadata: Metadata) -> int:
+        """Count."""
+        metadata["seen"].append(1)
+        return len(metadata["seen"])
+
+    task = Task(id="m", messages=TASK.messages, metadata={"seen": []})
+
+    class Writing(ToolEnv):
+        def tools(self) -> Sequence[Tool]:
+            return (bump,)
+
+    env = Writing()
+    for _ in range(2):  # the same seed and task: the same episode
+        await env.areset(seed=1, options={"task": task})
+        counted = [(await env.astep(says(call("bump")))).observation[0]["content"] for _ in range(2)]
+        assert counted == ["1", "2"]
+    assert task.metadata == {"seen": []}
+
+
+async def test_a_reset_within_a_reset_is_refused_to_the_first() -> None:
+    class Slow(Sample):
+        number = 0
+
+        async def on_reset(self, task: Task) -> None:
+            self.number += 1
+            await asyncio.sleep(0.05 if self.number == 1 else 0)
+            await super().on_reset(task)
+
+    env = Slow()
+    first = asyncio.create_task(env.areset(options={"task": TASK}))
+    await asyncio.sleep(0)
+    await env.areset(options={"task": OTHER})
+    with pytest.raises(ResetNeeded, match="reset again while this reset ran"):
+        await first
+    assert env.task is OTHER
+    assert (await env.astep(ADD)).info["stop_reason"] is None
 
 
 async def test_a_cancelled_step_ends_the_episode() -> None:
