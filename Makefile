@@ -44,11 +44,11 @@ $(VENV)/bin/python:
 $(VENV)/.setup: pyproject.toml | $(VENV)/bin/python
 	$(PIP) --upgrade pip
 	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),) torch==2.13.0
-	$(PIP) -e .
+	PYTHONWARNINGS=ignore $(PIP) -e .
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.setup
-	$(PIP) -e '.[dev]'
+	PYTHONWARNINGS=ignore $(PIP) -e '.[dev]'
 	@touch $@
 
 clean:
