@@ -7,7 +7,7 @@ import json
 import sys
 
 from distill.config_keys import documentation
-from distill.config_load import ConfigError, LoadedConfig, add_config_arguments, leaves, load_config
+from distill.config_load import ConfigError, LoadedConfig, add_config_arguments, leaves, load_from_arguments
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
         print(schema_text() if arguments.verb == "schema" else documentation(), end="")
         return 0
     try:
-        loaded = load_config(arguments.config, rest)
+        loaded = load_from_arguments(arguments, rest, lambda note: print(note, file=sys.stderr))
     except ConfigError as error:
         print("\n".join(f"error: {message}" for message in error.messages), file=sys.stderr)
         return 2

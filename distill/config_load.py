@@ -101,6 +101,8 @@ def load_from_arguments(arguments: argparse.Namespace, rest: Sequence[str], say:
     if not paths and (default := default_file(rest)) is not None:
         say(f"no --config given: using {shown(default)}. Others: {', '.join(shipped())} (--config NAME)")
         paths.append(default)
+    elif not paths:
+        _check_env(rest)
     loaded = load_config(paths, rest)
     for note in loaded.config.notes():
         say(f"note: {note}")
@@ -126,12 +128,25 @@ def _load_resumed(
     return loaded
 
 
+def _check_env(flags: Sequence[str]) -> None:
+    """A name that is misspelt has no shipped configuration either: say the first, not the second."""
+    from envs.registry import RegistryError, exists
+
+    env = _env_of(flags)
+    try:
+        if isinstance(env, str):
+            exists(env)
+    except RegistryError as error:
+        raise ConfigError([f"--env: {error}"]) from error
+
+
+def _env_of(flags: Sequence[str]) -> Any:
+    return next((s.value for s in _flag_settings(flags, []) if s.path == ("env",)), None)
+
+
 def default_file(flags: Sequence[str]) -> Path | None:
     """The shipped configuration of the environment that the flags name, if there is one."""
-    try:
-        env = next((s.value for s in _flag_settings(flags, []) if s.path == ("env",)), None)
-    except ConfigError:
-        return None
+    env = _env_of(flags)
     found = folder() / f"{env}_cpu.toml"
     return found if isinstance(env, str) and re.fullmatch(r"\w+", env) and found.is_file() else None
 
