@@ -283,14 +283,16 @@ def from_arguments(flags: list[str]) -> tuple[LoadedConfig, list[str]]:
     return load_from_arguments(arguments, rest, said.append), said
 
 
-def test_the_default_file_is_chosen_by_the_environment_and_said() -> None:
+def test_the_default_file_is_chosen_by_the_environment_and_said(tmp_path: Path) -> None:
     loaded, said = from_arguments(["--env", "medbrowse", "--steps", "3"])
     assert loaded.config.student.model.startswith("builtin:")
     assert loaded.config.steps == 3
     assert said[0].startswith("no --config given: using ")
     assert "medbrowse_cpu.toml" in said[0]
     with pytest.raises(ConfigError, match=r"student\.model is not set"):
-        from_arguments(["--env", "something_else"])
+        from_arguments(["--env", str(tmp_path)])
+    with pytest.raises(ConfigError, match="Did you mean 'medbrowse'"):
+        from_arguments(["--env", "medbrows"])
     with pytest.raises(ConfigError, match="env is not set"):
         from_arguments([])
 
