@@ -31,7 +31,8 @@ format: dev
 bench: dev  ## the figures of bench/README.md, quick sizes
 	$(PY) -m bench.rollout
 	$(PY) -m bench.engine
-	$(PY) -m bench.loss --quick
+	$(PY) -m bench.loss
+	$(PY) -m bench.loss_cost --quick
 	$(PY) -m bench.step
 
 setup: $(VENV)/.setup
