@@ -70,7 +70,7 @@ async def test_training_ids_are_the_renderers_own(error_rate: float) -> None:
     for number, task in enumerate(make_tasks(0, 25)):
         observation, _ = await env.areset(options={"task": task})
         expert = ScriptedExpert(observation, error_rate=error_rate, rng=random.Random(number))
-        ids, trained = renderer.render_prompt(observation, env.tool_specs), []
+        ids = renderer.render_prompt(observation, env.tool_specs)
         while True:
             action = expert.act(observation)
             calls = "".join(f"<tool_call>{call.raw}</tool_call>" for call in action.tool_calls)
@@ -79,7 +79,6 @@ async def test_training_ids_are_the_renderers_own(error_rate: float) -> None:
             assert [(c.name, c.arguments) for c in parsed.message.tool_calls] == [
                 (c.name, c.arguments) for c in action.tool_calls
             ]
-            trained += range(len(ids), len(ids) + len(sampled))
             ids += sampled
             outcome = await env.astep(action)
             observation = outcome.observation
