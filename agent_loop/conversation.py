@@ -16,7 +16,7 @@ from agent_loop.parser import ParsedTurn
 from agent_loop.renderer import Renderer
 from agent_loop.trace import TraceBuilder
 from agent_loop.types import Completion, Policy, SamplingParams, TokenTrace, Turn
-from envs.types import AssistantMessage, Limits, Message, StopReason, Task
+from envs.types import AssistantMessage, Limits, Message, StopReason
 from tools.types import ToolSpec
 
 
@@ -40,9 +40,18 @@ class Sampling:
 
 
 class Actor(Protocol):
-    """Plays the assistant in one episode at a time."""
+    """Plays the assistant in one episode."""
 
-    def begin(self, task: Task, tools: Sequence[ToolSpec], limits: Limits, *, key: str, seed: int) -> None: ...
+    def begin(
+        self, messages: Sequence[Message], tools: Sequence[ToolSpec], limits: Limits, *, key: str, seed: int
+    ) -> None:
+        """Take in the dialogue before the first turn.
+
+        Args:
+            key: the episode's id.
+            seed: of the run.
+        """
+        ...
 
     async def act(self) -> Turn:
         """The next assistant message.
@@ -61,7 +70,9 @@ class Actor(Protocol):
         """Take a turn out of the loss."""
         ...
 
-    def traces(self) -> list[TokenTrace]: ...
+    def traces(self) -> list[TokenTrace]:
+        """What was played so far, token for token; empty before `begin`, and where tokens are not known."""
+        ...
 
     def cut_by(self, turn: Turn) -> StopReason:
         """Which budget cut a turn that did not finish."""
@@ -75,20 +86,23 @@ class TokenActor:
         self._renderer = renderer
         self._policy = policy
         self._sampling = sampling or Sampling()
+        self._builder: TraceBuilder | None = None
 
-    def begin(self, task: Task, tools: Sequence[ToolSpec], limits: Limits, *, key: str, seed: int) -> None:
+    def begin(
+        self, messages: Sequence[Message], tools: Sequence[ToolSpec], limits: Limits, *, key: str, seed: int
+    ) -> None:
         self._tools = tuple(tools)
         self._limits = limits
         self._key = key
         self._seed = seed
-        self._messages = list(self._renderer.clean(task.messages))
+        self._messages = list(self._renderer.clean(messages))
         self._builder = TraceBuilder(self._renderer.render_prompt(self._messages, self._tools))
         self._completion: Completion | None = None
         self._reasoned = False
         self._index = 0
 
     async def act(self) -> Turn:
-        prompt = self._builder.prompt_ids
+        prompt = self._trace.prompt_ids
         params = SamplingParams(
             max_tokens=self._room(len(prompt)),
             temperature=self._sampling.temperature,
@@ -112,21 +126,26 @@ class TokenActor:
             completion.token_ids, completion.finish_reason, cleaned, has_reasoning=self._reasoned
         )
         if extension is None:
-            self._builder.fork(self._renderer.render_prompt(self._messages, self._tools))
+            self._trace.fork(self._renderer.render_prompt(self._messages, self._tools))
             self._reasoned = False
         else:
-            self._builder.extend(extension.glue_ids, extension.tool_ids, turn=turn.index)
+            self._trace.extend(extension.glue_ids, extension.tool_ids, turn=turn.index)
         return cleaned
 
     def mask(self, turn: Turn) -> None:
-        self._builder.mask_turn(turn.index)
+        self._trace.mask_turn(turn.index)
 
     def traces(self) -> list[TokenTrace]:
-        return self._builder.traces()
+        return self._builder.traces() if self._builder is not None else []
+
+    @property
+    def _trace(self) -> TraceBuilder:
+        assert self._builder is not None, "begin comes first"
+        return self._builder
 
     def _record(self, completion: Completion, parsed: ParsedTurn, sample_s: float) -> Turn:
-        trace = self._builder.index
-        start, end = self._builder.add_completion(completion, turn=self._index)
+        trace = self._trace.index
+        start, end = self._trace.add_completion(completion, turn=self._index)
         self._completion = completion
         self._messages.append(parsed.message.to_message())
         self._reasoned |= parsed.message.reasoning is not None
@@ -190,8 +209,10 @@ class MessageActor:
     _limits: Limits = field(default_factory=Limits)
     _index: int = 0
 
-    def begin(self, task: Task, tools: Sequence[ToolSpec], limits: Limits, *, key: str, seed: int) -> None:
-        self._messages, self._tools, self._limits, self._index = list(task.messages), tuple(tools), limits, 0
+    def begin(
+        self, messages: Sequence[Message], tools: Sequence[ToolSpec], limits: Limits, *, key: str, seed: int
+    ) -> None:
+        self._messages, self._tools, self._limits, self._index = list(messages), tuple(tools), limits, 0
 
     async def act(self) -> Turn:
         began = time.monotonic()

@@ -9,7 +9,7 @@ from agent_loop.scoring import IMPOSSIBLE, ROUNDING
 from agent_loop.transport import Transport, TransportError
 from agent_loop.types import Completion, FinishReason, PolicyError, SamplingParams
 
-FINISH_REASONS: dict[Any, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
+FINISH_REASONS: dict[Any, FinishReason] = {"stop": "stop", "length": "length"}
 
 
 class VllmPolicy:
@@ -61,14 +61,20 @@ class VllmPolicy:
         """Check a reply against itself and against what was asked; nothing that contradicts itself is trained on."""
         try:
             choice = reply["choices"][0]
+            if (
+                choice["finish_reason"] == "abort"
+            ):  # paused, shut down, or out of memory; what there is, is cut anywhere
+                raise PolicyError("the server aborted the request", "unavailable")
             ids = choice["token_ids"]
             logprobs = choice["logprobs"]["token_logprobs"]
             tokens = choice["logprobs"].get("tokens")
-            finish = FINISH_REASONS[choice["finish_reason"]]
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise PolicyError(
                 f"the server's reply lacks {error}: it must honour return_token_ids and logprobs", "protocol"
             ) from error
+        finish = FINISH_REASONS.get(choice["finish_reason"])
+        if finish is None:
+            raise PolicyError(f"the server ended the turn with finish_reason {choice['finish_reason']!r}", "protocol")
         if not isinstance(ids, list) or not ids or not all(type(i) is int and i >= 0 for i in ids):
             raise PolicyError("the server returned no token ids; it must honour return_token_ids", "protocol")
         if not isinstance(logprobs, list) or len(logprobs) != len(ids):

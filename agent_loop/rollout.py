@@ -1,26 +1,36 @@
 """Plays episodes: one (`run_episode`), or many at once (`run_episodes`).
 
-A failure of one episode is data. It is classified once, where it happens (student, renderer, environment), recorded in
-`Episode.error`, and never reaches its siblings. `python -m agent_loop.rollout` evaluates a model on tasks.
+A failure of one episode is data. It is classified once, where it happens (student, renderer, tool, environment),
+recorded in `Episode.error`, and never reaches its siblings. `python -m agent_loop.rollout` evaluates a model on tasks.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
-from typing import Literal
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-from agent_loop.conversation import Actor, OutOfTokens
+from agent_loop.conversation import Actor, OutOfTokens, seed_of
 from agent_loop.renderer import RendererError
 from agent_loop.types import Episode, EpisodeError, PolicyError, Turn
 from envs.tool_env import ToolEnv
 from envs.types import StopReason, Task
+from tools.schema import ToolContractError
 
-Boundary = Literal["student", "env", "renderer", "data"]
+Boundary = Literal["student", "env", "tool", "renderer"]
+
+MAX_MESSAGE_CHARS = 2000
+CLOSE_S = 30.0
+"""How long an environment may take to close."""
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,21 +52,27 @@ class EpisodeJob:
 class EpisodeFailure(Exception):
     """What ended an episode, and at which boundary."""
 
-    def __init__(self, boundary: Boundary, error: BaseException) -> None:
+    def __init__(self, boundary: Boundary, error: Exception) -> None:
         super().__init__(str(error))
         self.boundary = boundary
         self.error = error
 
+    def record(self) -> EpisodeError:
+        kind = self.error.kind if isinstance(self.error, PolicyError) else type(self.error).__name__
+        return EpisodeError(boundary=self.boundary, kind=kind, message=str(self.error)[:MAX_MESSAGE_CHARS])
+
 
 @contextmanager
 def boundary(name: Boundary) -> Iterator[None]:
-    """Classify whatever is raised inside, once."""
+    """Classify whatever is raised inside, once. Cancellation and interrupts pass."""
     try:
         yield
-    except (OutOfTokens, EpisodeFailure):
+    except OutOfTokens:
         raise
     except RendererError as error:
         raise EpisodeFailure("renderer", error) from error
+    except ToolContractError as error:
+        raise EpisodeFailure("tool", error) from error
     except PolicyError as error:
         if error.kind == "context_overflow":
             raise OutOfTokens(StopReason.CONTEXT_OVERFLOW) from error
@@ -65,58 +81,65 @@ def boundary(name: Boundary) -> Iterator[None]:
         raise EpisodeFailure(name, error) from error
 
 
+# One episode
+
+
 async def run_episode(job: EpisodeJob, env: ToolEnv, actor: Actor) -> Episode:
-    """Play one episode to its end. Never raises for what a model, a tool or an environment did."""
+    """Play one episode to its end, and grade it where verification is on.
+
+    Never raises for what a model, a tool or an environment did. `Limits.timeout_s` cancels whatever is being waited
+    for; code that blocks the event loop cannot be cancelled.
+    """
     began = time.monotonic()
     episode = Episode(
         id=job.id, env_id=env.env_id, task=job.task, turns=[], traces=[], stop_reason=StopReason.ERROR, seed=job.seed
     )
-    begun = False
     try:
-        async with asyncio.timeout(env.limits.timeout_s):
-            with boundary("env"):
-                await env.areset(seed=_env_seed(job), options={"task": job.task})
-            with boundary("renderer"):
-                actor.begin(job.task, env.tool_specs, env.limits, key=job.id, seed=job.seed)
-            begun = True
-            while True:
-                with boundary("student"):
-                    turn = await actor.act()
-                episode.turns.append(turn)
-                stop = await _answer(env, actor, turn)
-                if stop is not None:
-                    episode.stop_reason = stop
-                    break
-            if not env.skip_verification:
-                with boundary("env"):
-                    episode.rewards = await env.verify()
-    except OutOfTokens as out:
-        episode.stop_reason = out.reason
-        await _verify_cut(env, episode)
-    except TimeoutError:
-        episode.stop_reason = StopReason.TIMEOUT
-        await _verify_cut(env, episode)
+        try:
+            async with asyncio.timeout(env.limits.timeout_s):
+                episode.stop_reason = await _play(job, env, actor, episode)
+        except OutOfTokens as out:
+            episode.stop_reason = out.reason
+        except TimeoutError:
+            episode.stop_reason = StopReason.TIMEOUT
+        if not env.skip_verification:
+            episode.rewards = await _grade(env)
     except EpisodeFailure as failure:
         episode.stop_reason = StopReason.ERROR
-        kind = failure.error.kind if isinstance(failure.error, PolicyError) else type(failure.error).__name__
-        episode.error = EpisodeError(boundary=failure.boundary, kind=kind, message=str(failure.error)[:2000])
-    if begun:
-        episode.traces = actor.traces()
-    _finish(episode, time.monotonic() - began)
+        episode.error = failure.record()
+    _finish(episode, actor, time.monotonic() - began)
     return episode
 
 
-async def _answer(env: ToolEnv, actor: Actor, turn: Turn) -> StopReason | None:
+async def _play(job: EpisodeJob, env: ToolEnv, actor: Actor, episode: Episode) -> StopReason:
+    """Reset, then act, step and record until the environment or a budget says why to stop."""
+    with boundary("env"):
+        messages, _ = await env.areset(seed=seed_of(job.seed, job.id, -1), options={"task": job.task})
+        tools = env.tool_specs
+    if messages != job.task.messages:  # the environment has its own opening: the record is of what was played
+        episode.task = replace(job.task, messages=tuple(messages))
+    with boundary("renderer"):
+        actor.begin(messages, tools, env.limits, key=job.id, seed=job.seed)
+    while True:
+        with boundary("student"):
+            turn = await actor.act()
+        episode.turns.append(turn)
+        stop = await _step(env, actor, turn)
+        if stop is not None:
+            return stop
+
+
+async def _step(env: ToolEnv, actor: Actor, turn: Turn) -> StopReason | None:
     """Hand a turn to the environment and its answer to the actor; says why the episode ends, if it does."""
     began = time.monotonic()
     with boundary("env"):
         outcome = await env.astep(turn.message)
+        stop: StopReason | None = outcome.info["stop_reason"]
+        turn.tool_results = outcome.info["tool_results"]
+        turn.num_parse_errors = outcome.info["num_parse_errors"]
     turn.env_s = time.monotonic() - began
-    turn.tool_results = outcome.info["tool_results"]
-    turn.num_parse_errors = outcome.info["num_parse_errors"]
     if turn.num_parse_errors and env.limits.on_parse_error == "mask":
         actor.mask(turn)
-    stop: StopReason | None = outcome.info["stop_reason"]
     if not turn.message.finished and stop not in (StopReason.ANSWERED, StopReason.PARSE_ERROR):
         stop = actor.cut_by(turn)  # a turn without its end is no answer
     if stop is not None:
@@ -127,19 +150,25 @@ async def _answer(env: ToolEnv, actor: Actor, turn: Turn) -> StopReason | None:
     return None
 
 
-async def _verify_cut(env: ToolEnv, episode: Episode) -> None:
-    """Grade an episode that a budget cut short: it may have succeeded at what was graded by then."""
-    if env.skip_verification:
-        return
-    try:
-        with boundary("env"):
-            episode.rewards = await env.verify()
-    except EpisodeFailure as failure:
-        message = str(failure.error)[:2000]
-        episode.error = EpisodeError(boundary="env", kind=type(failure.error).__name__, message=message)
+async def _grade(env: ToolEnv) -> dict[str, float]:
+    """What the graders say, also of an episode that a budget cut short: it may have succeeded by then."""
+    with boundary("env"):
+        async with asyncio.timeout(env.limits.timeout_s):
+            return _checked(await env.verify())
 
 
-def _finish(episode: Episode, total_s: float) -> None:
+def _checked(rewards: Any) -> dict[str, float]:
+    """A grader's numbers, as an episode file can hold them."""
+    if not isinstance(rewards, Mapping):
+        raise TypeError(f"verify must return a dict of rewards by name, found {type(rewards).__name__}")
+    for name, value in rewards.items():
+        if not isinstance(name, str) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"verify must return finite numbers by name, found {name!r}: {value!r}")
+    return {name: float(value) for name, value in rewards.items()}
+
+
+def _finish(episode: Episode, actor: Actor, total_s: float) -> None:
+    episode.traces = actor.traces()
     if episode.rewards:
         episode.reward = episode.rewards.get("success", sum(episode.rewards.values()) / len(episode.rewards))
     versions = [turn.policy_version for turn in episode.turns if turn.policy_version is not None]
@@ -151,10 +180,7 @@ def _finish(episode: Episode, total_s: float) -> None:
     }
 
 
-def _env_seed(job: EpisodeJob) -> int:
-    from agent_loop.conversation import seed_of
-
-    return seed_of(job.seed, job.id, -1)
+# Many episodes
 
 
 async def run_episodes(
@@ -167,35 +193,56 @@ async def run_episodes(
 ) -> list[Episode]:
     """Play many episodes, at most `max_concurrent` at once; each has an environment and an actor of its own.
 
+    An environment plays one episode after another; one in which an episode failed or timed out is not used again.
+
     Args:
         on_episode: called as soon as an episode ends, in the order of the endings.
 
     Returns:
         The episodes in the order of the jobs.
+
+    Raises:
+        ValueError: `max_concurrent` below 1, or two jobs of one id.
+        Exception: what `make_env`, `make_actor` or `on_episode` raised; the episodes that still run are cancelled.
     """
+    if max_concurrent < 1:
+        raise ValueError(f"max_concurrent must be at least 1, got {max_concurrent}")
+    twice = [name for name, count in Counter(job.id for job in jobs).items() if count > 1]
+    if twice:
+        raise ValueError(f"two jobs have the id {twice[0]!r}: number the samples of a task")
     done: dict[int, Episode] = {}
     queue = iter(enumerate(jobs))
 
     async def worker() -> None:
-        async with _closing(make_env()) as env:
-            actor = make_actor()
+        env: ToolEnv | None = None
+        try:
             for index, job in queue:
-                episode = await run_episode(job, env, actor)
-                done[index] = episode
+                env = make_env() if env is None else env
+                done[index] = episode = await run_episode(job, env, make_actor())
+                if episode.stop_reason in (StopReason.ERROR, StopReason.TIMEOUT):
+                    broken, env = env, None
+                    await _close(broken)
                 on_episode(episode)
+        finally:
+            if env is not None:
+                await _close(env)
 
-    async with asyncio.TaskGroup() as group:
-        for _ in range(min(max_concurrent, len(jobs))):
-            group.create_task(worker())
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(max_concurrent, len(jobs))):
+                group.create_task(worker())
+    except BaseExceptionGroup as failed:
+        raise failed.exceptions[0] from None  # the first: the others are its consequence or its like
     return [done[index] for index in range(len(jobs))]
 
 
-@asynccontextmanager
-async def _closing(env: ToolEnv) -> AsyncIterator[ToolEnv]:
+async def _close(env: ToolEnv) -> None:
+    """Close an environment; if it cannot be closed, that is its own loss and nobody's episode."""
     try:
-        yield env
-    finally:
-        await env.aclose()
+        async with asyncio.timeout(CLOSE_S):
+            await env.aclose()
+    except Exception as error:
+        _LOG.warning("environment %r did not close: %s: %s", env.env_id, type(error).__name__, error)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ MAX_BODY_BYTES = 256 << 20
 OVERFLOW_WORDS = ("maximum context length", "context length is only", "longer than the maximum model length")
 """How vLLM says that a prompt is too long; there is no code for it."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 8.0
+CONNECT_S = 10.0
+"""For a connection to be made; a host that drops packets must not cost the time that a long completion may take."""
 
 
 class TransportError(Exception):
@@ -103,10 +105,16 @@ class HttpTransport:
         headers = {"Content-Type": "application/json"} if body is not None else {}
         try:
             async with self._session.request(
-                method, url, data=body, headers=headers, timeout=aiohttp.ClientTimeout(total=timeout_s)
+                method,
+                url,
+                data=body,
+                headers=headers,
+                timeout=aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_S),
             ) as response:
                 content = await _bounded(response, url)
                 status, retry_after = response.status, response.headers.get("Retry-After")
+        except aiohttp.ConnectionTimeoutError as error:
+            raise _Retryable(f"{url} cannot be reached within {CONNECT_S:g} s") from error
         except TimeoutError as error:
             raise _Retryable(f"{url} did not answer within {timeout_s:.1f} s") from error
         except aiohttp.ClientPayloadError as error:

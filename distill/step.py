@@ -38,12 +38,15 @@ class ScoredStep:
 
 
 def jobs_for(tasks: Sequence[Task], *, group_size: int, step: int, seed: int) -> list[EpisodeJob]:
-    """`group_size` episodes a task, with ids and seeds that only (seed, step, task, sample) decide."""
-    return [
-        EpisodeJob(task=task, sample_index=sample, step=step, seed=seed)
-        for task in tasks
-        for sample in range(group_size)
-    ]
+    """`group_size` episodes a task, with ids and seeds that only (seed, step, task, sample) decide. A task that is
+    there twice (a batch that runs over into the next epoch) gets more samples."""
+    samples: Counter[str] = Counter()
+    jobs = []
+    for task in tasks:
+        first = samples[task.id]
+        samples[task.id] += group_size
+        jobs += [EpisodeJob(task=task, sample_index=first + i, step=step, seed=seed) for i in range(group_size)]
+    return jobs
 
 
 async def collect(
