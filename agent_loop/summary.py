@@ -1,0 +1,132 @@
+"""Numbers of many episodes, for people and for programs."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from agent_loop.types import Episode, TokenTrace
+from envs.types import StopReason
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What `--json` prints and `summary.json` holds. None: not computed."""
+
+    model: str
+    env: str
+    episodes: int
+    failed: int
+    """Episodes that ended in an error; `episodes.jsonl` says where and why."""
+    pass_at: dict[str, float]
+    """`pass@1`, `pass@2` ...: chance that one of k episodes of a task succeeds (unbiased); empty without a grader."""
+    stop_reasons: dict[str, float]
+    """Share of all episodes."""
+    turns: float | None
+    """Mean, like all numbers below, over the episodes that did not fail."""
+    tool_calls: float | None
+    tool_errors: dict[str, float]
+    """Share of all calls, by kind."""
+    parse_errors: int
+    """Malformed calls, all told."""
+    sampled_tokens: float | None
+    episode_tokens: float | None
+    teacher_kl: float | None
+    """Mean over sampled tokens of log p_student - log p_teacher, where a teacher was given."""
+    unscored: int | None
+    """Episodes that the teacher was asked about and gave no score for."""
+
+
+def summarise(episodes: Sequence[Episode], *, model: str, env: str, teacher: bool = False) -> Summary:
+    """Numbers of many episodes; failed ones count as failures of their task.
+
+    Args:
+        teacher: whether one was asked.
+    """
+    played = [e for e in episodes if e.stop_reason is not StopReason.ERROR]
+    results = [r for e in played for t in e.turns for r in t.tool_results]
+    errors = Counter(r.error.kind.value for r in results if r.error)
+    with_tokens = [e for e in played if e.traces]
+    stops = Counter(e.stop_reason.value for e in episodes)
+    return Summary(
+        model=model,
+        env=env,
+        episodes=len(episodes),
+        failed=len(episodes) - len(played),
+        pass_at=pass_at(episodes),
+        stop_reasons={reason: count / len(episodes) for reason, count in stops.most_common()},
+        turns=_mean([len(e.turns) for e in played]),
+        tool_calls=_mean([sum(len(t.message.tool_calls) for t in e.turns) for e in played]),
+        tool_errors={kind: count / len(results) for kind, count in errors.most_common()},
+        parse_errors=sum(t.num_parse_errors for e in played for t in e.turns),
+        sampled_tokens=_mean([e.num_sampled for e in with_tokens]),
+        episode_tokens=_mean([sum(len(t) for t in e.traces) for e in with_tokens]),
+        teacher_kl=_mean([gap for e in played for t in e.traces for gap in gaps_of(t) if gap is not None]),
+        unscored=sum(e.error is not None for e in played) if teacher else None,
+    )
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return fmean(values) if values else None
+
+
+def gaps_of(trace: TokenTrace) -> list[float | None]:
+    """[L] log p_student - log p_teacher of the trained tokens; None elsewhere, and where no teacher scored."""
+    if trace.teacher_logprobs is None:
+        return [None] * len(trace)
+    return [
+        student - teacher if trained and student is not None and teacher is not None else None
+        for student, teacher, trained in zip(
+            trace.sampling_logprobs, trace.teacher_logprobs, trace.loss_mask, strict=True
+        )
+    ]
+
+
+def pass_at(episodes: Sequence[Episode]) -> dict[str, float]:
+    """pass@k for k = 1, 2, 4 ... and the size of the smallest group.
+
+    1 - C(n - c, k) / C(n, k) with c of a task's n episodes successful, averaged over tasks (Chen et al.,
+    arXiv:2107.03374, equation 1). An episode succeeds with a reward of 1; one that failed did not. What played without
+    being graded (a task that has no answer) is left out; empty where nothing was graded.
+    """
+    if all(episode.reward is None for episode in episodes):
+        return {}
+    groups: dict[str, list[bool]] = defaultdict(list)
+    for episode in episodes:
+        if episode.reward is not None or episode.stop_reason is StopReason.ERROR:
+            groups[episode.task.id].append(episode.reward is not None and episode.reward >= 1.0)
+    smallest = min(map(len, groups.values()))
+    ks = sorted({2**i for i in range(smallest.bit_length())} | {smallest})
+    return {f"pass@{k}": fmean(_pass_at(len(g), sum(g), k) for g in groups.values()) for k in ks}
+
+
+def _pass_at(n: int, c: int, k: int) -> float:
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def table(summary: Summary) -> str:
+    """The summary for a person."""
+
+    def number(value: float | None, form: str) -> str:
+        return "-" if value is None else form.format(value)
+
+    rows = [("model", summary.model), ("environment", summary.env)]
+    rows.append(("episodes", f"{summary.episodes} ({summary.failed} failed)"))
+    rows += [(name, f"{value:.1%}") for name, value in summary.pass_at.items()] or [("success", "not graded")]
+    rows += [
+        ("turns", number(summary.turns, "{:.2f}")),
+        ("tool calls", number(summary.tool_calls, "{:.2f}")),
+        ("malformed calls", str(summary.parse_errors)),
+        ("sampled tokens", number(summary.sampled_tokens, "{:.1f}")),
+        ("episode tokens", number(summary.episode_tokens, "{:.1f}")),
+    ]
+    if summary.unscored is not None:
+        lost = f" ({summary.unscored} episodes without a score)" if summary.unscored else ""
+        rows.append(("teacher_kl", number(summary.teacher_kl, "{:.4f} nats a token") + lost))
+    rows += [(f"stopped: {reason}", f"{share:.1%}") for reason, share in summary.stop_reasons.items()]
+    rows += [(f"tool error: {kind}", f"{share:.1%} of calls") for kind, share in summary.tool_errors.items()]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
