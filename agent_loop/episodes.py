@@ -7,11 +7,13 @@ computed" and comes back as None.
 from __future__ import annotations
 
 import json
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, TypeVar
 
 from agent_loop.types import (
     SCHEMA_VERSION,
@@ -25,8 +27,47 @@ from agent_loop.types import (
     TopK,
     Turn,
 )
-from envs.types import AssistantMessage, StopReason, Task
+from envs.types import AssistantMessage, Message, StopReason, Task
 from tools.types import ToolCall, ToolError, ToolErrorKind, ToolResult
+
+Record = TypeVar("Record")
+
+_LOG = logging.getLogger(__name__)
+
+ROLES = ("system", "user", "assistant", "tool")
+FIELDS: dict[type, dict[str, tuple[type, ...]]] = {
+    Episode: {
+        **dict.fromkeys(("id", "env_id"), (str,)),
+        **dict.fromkeys(("policy_version", "seed"), (int, NoneType)),
+        **dict.fromkeys(("rewards", "timing", "metadata"), (dict,)),
+        "reward": (float, int, NoneType),
+    },
+    Task: {"id": (str,), "metadata": (dict,)},
+    EpisodeError: dict.fromkeys(("boundary", "kind", "message"), (str,)),
+    AssistantMessage: {"content": (str,), "reasoning": (str, NoneType), "finished": (bool,)},
+    ToolCall: {
+        **dict.fromkeys(("id", "name", "raw"), (str,)),
+        "arguments": (dict, NoneType),
+        "parse_error": (str, NoneType),
+    },
+    ToolError: {"message": (str,)},
+    ToolResult: {
+        **dict.fromkeys(("call_id", "name", "content"), (str,)),
+        "ends_episode": (bool,),
+        "truncated_chars": (int,),
+        "duration_s": (float, int),
+        "metadata": (dict,),
+    },
+    Turn: {
+        **dict.fromkeys(("index", "num_parse_errors"), (int,)),
+        **dict.fromkeys(("text", "finish_reason"), (str,)),
+        **dict.fromkeys(("trace", "start", "end", "policy_version"), (int, NoneType)),
+        **dict.fromkeys(("sample_s", "env_s"), (float, int)),
+    },
+    ClassSpan: dict.fromkeys(("start", "end"), (int,)),
+    Segment: dict.fromkeys(("start", "end", "turn"), (int,)),
+}
+"""Types of the plain fields, as JSON can tell them apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +94,7 @@ class EpisodeWriter:
         torn = path.exists() and path.stat().st_size > 0 and not _ends_in_newline(path)
         self._file = path.open("a", encoding="utf-8")
         if torn:
+            _LOG.warning("%s: the last line has no end, a crash tore it; it is closed off", path)
             self._file.write("\n")
 
     def append(self, episode: Episode) -> None:
@@ -92,12 +134,16 @@ def read_episodes(path: Path) -> Iterator[Episode | BadLine]:
             if not raw.strip():
                 continue
             try:
-                yield episode_from_json(json.loads(raw))
+                yield episode_from_json(json.loads(raw, parse_constant=_refuse))
             except RecursionError:
                 yield BadLine(number, "nested too deeply")
             except ValueError as error:
                 torn = "" if raw.endswith(b"\n") else "torn: "
                 yield BadLine(number, f"{torn}{error}"[:500])
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is not JSON")
 
 
 def episode_to_json(episode: Episode) -> dict[str, Any]:
@@ -130,7 +176,12 @@ def episode_to_json(episode: Episode) -> dict[str, Any]:
 def _turn_to_json(turn: Turn) -> dict[str, Any]:
     return {
         "index": turn.index,
-        "message": asdict(turn.message),
+        "message": {
+            "content": turn.message.content,
+            "reasoning": turn.message.reasoning,
+            "tool_calls": [asdict(call) for call in turn.message.tool_calls],
+            "finished": turn.message.finished,
+        },
         "text": turn.text,
         "observation": list(turn.observation),
         "tool_results": [asdict(result) for result in turn.tool_results],
@@ -169,84 +220,137 @@ def episode_from_json(value: Any) -> Episode:
     if value["schema_version"] != SCHEMA_VERSION:
         raise ValueError(f"schema_version {value['schema_version']!r}; this version reads {SCHEMA_VERSION}")
     try:
-        task = value["task"]
-        return Episode(
-            id=_text(value["id"]),
-            env_id=_text(value["env_id"]),
-            task=Task(
-                id=_text(task["id"]),
-                messages=tuple(task["messages"]),
-                metadata=task["metadata"],
-                rewards=tuple(task["rewards"]),
-                tools=None if task["tools"] is None else tuple(task["tools"]),
-            ),
-            turns=[_turn_from_json(turn) for turn in value["turns"]],
-            traces=[_trace_from_json(trace) for trace in value["traces"]],
-            stop_reason=StopReason(value["stop_reason"]),
-            reward=value["reward"],
-            rewards=value["rewards"],
-            error=EpisodeError(**value["error"]) if value["error"] is not None else None,
-            policy_version=value["policy_version"],
-            seed=value["seed"],
-            timing=value["timing"],
-            metadata=value["metadata"],
-        )
+        return _episode_from_json(value)
     except KeyError as error:
         raise ValueError(f"no episode: {error} is missing") from error
     except (TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"no episode: {error}") from error
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"wanted text, found {type(value).__name__}")
-    return value
+def _episode_from_json(value: dict[str, Any]) -> Episode:
+    task, error = value["task"], value["error"]
+    episode = Episode(
+        id=value["id"],
+        env_id=value["env_id"],
+        task=_typed(
+            Task(
+                id=task["id"],
+                messages=_messages(task["messages"]),
+                metadata=task["metadata"],
+                rewards=_all((str,), _list(task["rewards"])),
+                tools=None if task["tools"] is None else _all((str,), _list(task["tools"])),
+            )
+        ),
+        turns=[_turn_from_json(turn) for turn in _list(value["turns"])],
+        traces=[_trace_from_json(trace) for trace in _list(value["traces"])],
+        stop_reason=StopReason(value["stop_reason"]),
+        reward=value["reward"],
+        rewards=value["rewards"],
+        error=None if error is None else _typed(EpisodeError(**error)),
+        policy_version=value["policy_version"],
+        seed=value["seed"],
+        timing=value["timing"],
+        metadata=value["metadata"],
+    )
+    _typed(episode)
+    _all((int, float), episode.rewards.values())
+    _all((int, float), episode.timing.values())
+    return episode
 
 
 def _turn_from_json(value: dict[str, Any]) -> Turn:
     message = value["message"]
-    return Turn(
-        index=value["index"],
-        message=AssistantMessage(
-            content=message["content"],
-            reasoning=message["reasoning"],
-            tool_calls=tuple(ToolCall(**call) for call in message["tool_calls"]),
-            finished=message["finished"],
-        ),
-        text=value["text"],
-        observation=tuple(value["observation"]),
-        tool_results=tuple(_result_from_json(result) for result in value["tool_results"]),
-        trace=value["trace"],
-        start=value["start"],
-        end=value["end"],
-        finish_reason=value["finish_reason"],
-        policy_version=value["policy_version"],
-        token_classes=tuple(
-            ClassSpan(token_class=TokenClass(name), start=start, end=end) for name, start, end in value["token_classes"]
-        ),
-        num_parse_errors=value["num_parse_errors"],
-        sample_s=value["sample_s"],
-        env_s=value["env_s"],
+    return _typed(
+        Turn(
+            index=value["index"],
+            message=_typed(
+                AssistantMessage(
+                    content=message["content"],
+                    reasoning=message["reasoning"],
+                    tool_calls=tuple(_typed(ToolCall(**call)) for call in _list(message["tool_calls"])),
+                    finished=message["finished"],
+                )
+            ),
+            text=value["text"],
+            observation=_messages(value["observation"]),
+            tool_results=tuple(_result_from_json(result) for result in _list(value["tool_results"])),
+            trace=value["trace"],
+            start=value["start"],
+            end=value["end"],
+            finish_reason=value["finish_reason"],
+            policy_version=value["policy_version"],
+            token_classes=tuple(
+                _typed(ClassSpan(token_class=TokenClass(name), start=start, end=end))
+                for name, start, end in _list(value["token_classes"])
+            ),
+            num_parse_errors=value["num_parse_errors"],
+            sample_s=value["sample_s"],
+            env_s=value["env_s"],
+        )
     )
 
 
 def _result_from_json(value: dict[str, Any]) -> ToolResult:
     error = value["error"]
-    found = ToolError(kind=ToolErrorKind(error["kind"]), message=error["message"]) if error is not None else None
-    return ToolResult(**{**value, "error": found})
+    found = (
+        _typed(ToolError(kind=ToolErrorKind(error["kind"]), message=error["message"])) if error is not None else None
+    )
+    return _typed(ToolResult(**{**value, "error": found}))
 
 
 def _trace_from_json(value: dict[str, Any]) -> TokenTrace:
-    if not set(map(type, value["token_ids"])) <= {int}:
-        raise TypeError("token_ids holds something that is no integer")
+    topk = value["teacher_topk"]
+    _all((int,), value["token_ids"])
+    _all((int,), value["loss_mask"])
+    for name in ("sampling_logprobs", "teacher_logprobs"):
+        _all((float, int, NoneType), value[name] or ())
+    if min(value["token_ids"], default=0) < 0 or not set(value["loss_mask"]) <= {0, 1}:
+        raise TypeError("a token id is below 0, or an entry of loss_mask is neither 0 nor 1")
+    if topk is not None:
+        for name, kinds in (("token_ids", (int,)), ("logprobs", (float, int))):
+            for row in topk[name]:
+                _all(kinds, () if row is None else _list(row))
     return TokenTrace(
         token_ids=value["token_ids"],
         loss_mask=[bool(trained) for trained in value["loss_mask"]],
         sampling_logprobs=value["sampling_logprobs"],
         segments=[
-            Segment(source=SegmentSource(source), turn=turn, start=start, end=end)
+            _typed(Segment(source=SegmentSource(source), turn=turn, start=start, end=end))
             for source, turn, start, end in value["segments"]
         ],
         teacher_logprobs=value["teacher_logprobs"],
-        teacher_topk=TopK(**value["teacher_topk"]) if value["teacher_topk"] is not None else None,
+        teacher_topk=TopK(**topk) if topk is not None else None,
     )
+
+
+def _messages(value: Any) -> tuple[Message, ...]:
+    for message in _list(value):
+        _all((str,), (part for name, part in message.items() if name != "tool_calls"))
+        if message["role"] not in ROLES or "content" not in message:
+            raise TypeError(f"a message needs a content and a role of {', '.join(ROLES)}")
+    return tuple(value)
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError(f"wanted an array, found {type(value).__name__}")
+    return value
+
+
+def _all(kinds: tuple[type, ...], values: Iterable[Any]) -> tuple[Any, ...]:
+    values = tuple(values)
+    wrong = set(map(type, values)) - set(kinds)
+    if wrong:
+        names = ", ".join(sorted(kind.__name__ for kind in wrong))
+        raise TypeError(f"wanted {' or '.join(kind.__name__ for kind in kinds)}, found {names}")
+    return values
+
+
+def _typed(record: Record) -> Record:
+    """The record, its plain fields checked: a file may come from anywhere, and what reads it trusts the types."""
+    for name, kinds in FIELDS[type(record)].items():
+        found = type(getattr(record, name))
+        if found not in kinds:
+            wanted = " or ".join(kind.__name__ for kind in kinds)
+            raise TypeError(f"{name} of {type(record).__name__} is {found.__name__}, not {wanted}")
+    return record

@@ -6,7 +6,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +165,37 @@ def test_reader_and_schema_refuse_the_same(
     assert validator.is_valid(value) == lengths_only  # JSON schema cannot compare lengths
 
 
+def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Paths to every value inside, the inner nodes among them; of a list the first three entries."""
+    items = value.items() if isinstance(value, dict) else enumerate(value[:3]) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield (*path, key)
+        yield from leaves(inner, (*path, key))
+
+
+FOREIGN: tuple[Any, ...] = (None, True, -1, 2**70, 0.5, "x", [], {}, [[]], [None], {"x": []})
+
+
+def test_whatever_stands_in_a_file_it_is_an_episode_or_a_bad_line(tmp_path: Path) -> None:
+    text = json.dumps(episode_to_json(episode()))
+    values = []
+    for path in leaves(json.loads(text)):
+        for foreign in FOREIGN:
+            value = node = json.loads(text)
+            for key in path[:-1]:
+                node = node[key]
+            node[path[-1]] = foreign
+            values.append(value)
+    file = tmp_path / "e.jsonl"
+    file.write_text("".join(json.dumps(value) + "\n" for value in values))
+    kept = 0
+    for value, item in zip(values, read_episodes(file), strict=True):
+        if isinstance(item, Episode):
+            assert episode_to_json(item) == value  # nothing is made to fit
+            kept += 1
+    assert 0 < kept < len(values) / 3
+
+
 @pytest.mark.parametrize("key", sorted(episode_to_json(bare())))
 def test_a_missing_key_is_named(key: str) -> None:
     value = episode_to_json(bare())
@@ -194,7 +225,7 @@ def test_writing_an_id_twice_is_harmless(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
-def test_a_torn_line_costs_only_itself(tmp_path: Path, share: float) -> None:
+def test_a_torn_line_costs_only_itself(tmp_path: Path, share: float, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "e.jsonl"
     writer = EpisodeWriter(path)
     writer.append(bare())
@@ -208,6 +239,7 @@ def test_a_torn_line_costs_only_itself(tmp_path: Path, share: float) -> None:
     assert torn.reason.startswith("torn: ")
 
     writer = EpisodeWriter(path)
+    assert "a crash tore it" in caplog.text
     writer.append(episode())
     writer.append(episode("1/c/0"))
     writer.close()
