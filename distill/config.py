@@ -101,7 +101,7 @@ class StudentConfig(Section):
     """The model that plays the episodes and is trained."""
 
     model: Text
-    """Folder, Hub name, or `builtin:` name of a model that is made on first use (docs/models.md)."""
+    """Folder, Hub name, or `builtin:` name of a model that is made on first use (docs/cpu-default.md)."""
     revision: Text | None = None
     """Commit or branch of a Hub model. none: the Hub's default branch."""
     dtype: Dtype = "auto"

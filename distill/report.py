@@ -92,11 +92,13 @@ def plot(run_dir: Path) -> Path:
     if graded:
         right = left.twinx()
         xs, ys = [p["step"] for p in graded], [p["metrics"]["reward/success"] for p in graded]
-        right.plot(xs, ys, "o-", color="#c8641e", label="success, held-out")
+        right.plot(xs, ys, "o:", color="#c8641e", label="success, held-out (measured at the dots)")
         right.set_ylim(0, 1.02)
         right.set_ylabel("success on held-out tasks")
-        right.legend(loc="center right", frameon=False)
-    left.legend(loc="upper right", frameon=False)
+        handles = [*left.get_lines()[:2], *right.get_lines()]
+        right.legend(handles=handles, loc="center right", frameon=False)
+    else:
+        left.legend(loc="upper right", frameon=False)
     figure.tight_layout()
     path = run_dir / "curve.png"
     figure.savefig(path)
