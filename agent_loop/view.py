@@ -5,22 +5,39 @@
     python -m agent_loop.view runs/ID EPISODE --tokens   # every token: mask, student, teacher, difference
 
 EPISODE is an id (`12/task/0`) or its number in the list. RUN is a run directory, a folder of episode files or one file.
+On a terminal, tokens that are not trained on are dim, and those that the teacher likes less are yellow (by 0.5 nats) or
+red (by 2).
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import fmean
 
+from agent_loop.summary import gaps_of
 from agent_loop.types import Episode, SegmentSource, TokenTrace
+
+PLAIN, DIM, YELLOW, RED = "\x1b[0m", "\x1b[2m", "\x1b[33m", "\x1b[31m"
+NOTABLE, BAD = 0.5, 2.0
+"""Nats that a sampled token is likelier to the student than to the teacher."""
 
 
 def visible(text: str) -> str:
     """Text that cannot steer a terminal: control characters and escape sequences are spelled out."""
-    return "".join(c if c == "\n" or c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+    return "".join(c if c == "\n" or c.isprintable() else spelled(c) for c in text)
+
+
+def spelled(character: str) -> str:
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def one_line(text: str) -> str:
+    return visible(text).replace("\n", "\\n")
 
 
 def files_of(run: Path, step: int | None) -> list[Path]:
@@ -48,60 +65,47 @@ def numbered(files: list[Path]) -> Iterator[tuple[int, Path, Episode]]:
         for item in read_episodes(file):
             number += 1
             if isinstance(item, BadLine):
-                print(f"{file}:{item.line_number}: not an episode: {visible(item.reason)}", file=sys.stderr)
+                print(f"{file}:{item.line_number}: not an episode: {one_line(item.reason)}", file=sys.stderr)
             else:
                 yield number, file, item
-
-
-def kl_of(episode: Episode) -> float | None:
-    """Mean over the trained tokens of sampling minus teacher log-probability; None where no teacher scored."""
-    gaps = [gap for trace in episode.traces for gap in gaps_of(trace) if gap is not None]
-    return fmean(gaps) if gaps else None
-
-
-def gaps_of(trace: TokenTrace) -> list[float | None]:
-    if trace.teacher_logprobs is None:
-        return [None] * len(trace)
-    return [
-        s - t if m and s is not None and t is not None else None
-        for s, t, m in zip(trace.sampling_logprobs, trace.teacher_logprobs, trace.loss_mask, strict=True)
-    ]
 
 
 def show_list(files: list[Path]) -> None:
     print(f"{'no.':>5}  {'episode':24} {'turns':>5} {'sampled':>7} {'kl':>8} {'reward':>6}  stopped")
     for number, _, episode in numbered(files):
-        kl = kl_of(episode)
+        gaps = [gap for trace in episode.traces for gap in gaps_of(trace) if gap is not None]
         reward = "-" if episode.reward is None else f"{episode.reward:.2f}"
-        stop = episode.stop_reason.value + (
-            f" ({episode.error.boundary}: {episode.error.kind})" if episode.error else ""
-        )
-        shown = "-" if kl is None else f"{kl:.3f}"
+        cause = f" ({episode.error.boundary}: {episode.error.kind})" if episode.error else ""
+        kl = f"{fmean(gaps):.3f}" if gaps else "-"
         print(
-            f"{number:5}  {visible(episode.id):24} {len(episode.turns):5} {episode.num_sampled:7}"
-            f" {shown:>8} {reward:>6}  {visible(stop)}"
+            f"{number:5}  {one_line(episode.id):24} {len(episode.turns):5} {episode.num_sampled:7}"
+            f" {kl:>8} {reward:>6}  {episode.stop_reason.value}{one_line(cause)}"
         )
 
 
 def show_episode(episode: Episode) -> None:
-    print(f"episode {visible(episode.id)} of {visible(episode.env_id)}, policy version {episode.policy_version}")
+    print(f"episode {one_line(episode.id)} of {one_line(episode.env_id)}, policy version {episode.policy_version}")
     for message in episode.task.messages:
         print(f"\n[{message['role']}]\n{visible(message['content'])}")
     for turn in episode.turns:
         gaps = turn_gaps(episode, turn.index)
         kl = f", kl {fmean(gaps):.3f} a token" if gaps else ""
-        size = (
-            f"{turn.end - turn.start} tokens" if turn.start is not None and turn.end is not None else "tokens not known"
-        )
+        known = turn.start is not None and turn.end is not None
+        size = f"{(turn.end or 0) - (turn.start or 0)} tokens" if known else "tokens not known"
         print(f"\n[assistant, turn {turn.index}: {size}{kl}]\n{visible(turn.text)}")
+        if not known:  # the text of a message API leaves out what it returns in fields of its own
+            for call in turn.message.tool_calls:
+                print(f"call: {visible(call.raw)}")
         for result in turn.tool_results:
             failed = f", {result.error.kind.value}" if result.error else ""
-            print(
-                f"\n[tool {visible(result.name)}, {result.duration_s * 1000:.1f} ms{failed}]\n{visible(result.content)}"
-            )
+            print(f"\n[tool {one_line(result.name)}, {result.duration_s * 1000:.1f} ms{failed}]")
+            print(visible(result.content))
+        for message in turn.observation:
+            if message["role"] != "tool":
+                print(f"\n[{message['role']}]\n{visible(message['content'])}")
     print(f"\nstopped: {episode.stop_reason.value}; reward: {'-' if episode.reward is None else episode.reward}")
     if episode.error:
-        print(f"error at {episode.error.boundary}: {episode.error.kind}: {visible(episode.error.message)}")
+        print(f"error at {episode.error.boundary}: {one_line(episode.error.kind)}: {visible(episode.error.message)}")
 
 
 def turn_gaps(episode: Episode, turn: int) -> list[float]:
@@ -114,7 +118,7 @@ def turn_gaps(episode: Episode, turn: int) -> list[float]:
     return gaps
 
 
-def show_tokens(episode: Episode) -> None:
+def show_tokens(episode: Episode, decode: Callable[[int], str] | None, *, coloured: bool) -> None:
     """One line a token. `#` is trained on, `.` is not; `-` means that there is no number."""
     for index, trace in enumerate(episode.traces):
         print(f"trace {index}: {len(trace)} tokens, {trace.num_trained} trained")
@@ -122,17 +126,41 @@ def show_tokens(episode: Episode) -> None:
         gaps = gaps_of(trace)
         for segment in trace.segments:
             for i in range(segment.start, segment.end):
-                student, gap = trace.sampling_logprobs[i], gaps[i]
-                teacher = trace.teacher_logprobs[i] if trace.teacher_logprobs is not None else None
-                numbers = " ".join(
-                    f"{'-' if v is None else f'{v:.4f}':>{w}}" for v, w in ((student, 9), (teacher, 9), (gap, 8))
-                )
                 label = f"{segment.source.value} {segment.turn}" if i == segment.start else ""
-                print(f"{i:6} {trace.token_ids[i]:7} {'#' if trace.loss_mask[i] else '.'} {numbers}  {label}")
+                text = f"  '{one_line(decode(trace.token_ids[i]))}'" if decode is not None else ""
+                line = f"{token_line(trace, i, gaps[i])}  {label:12}{text}".rstrip()
+                print(f"{colour_of(trace, i, gaps[i])}{line}{PLAIN}" if coloured else line)
+
+
+class UnknownTokenizer(Exception):
+    """`--tokenizer` names none."""
+
+
+def decoder(tokenizer: str) -> Callable[[int], str]:
+    from agent_loop.renderer import RendererError, load_renderer
+
+    try:
+        renderer = load_renderer(tokenizer)
+    except RendererError as error:
+        raise UnknownTokenizer(str(error)) from error
+    return lambda token_id: renderer.decode([token_id])
+
+
+def token_line(trace: TokenTrace, i: int, gap: float | None) -> str:
+    teacher = None if trace.teacher_logprobs is None else trace.teacher_logprobs[i]
+    cells = ((trace.sampling_logprobs[i], 9), (teacher, 9), (gap, 8))
+    numbers = " ".join(f"{'-' if value is None else f'{value:.4f}':>{width}}" for value, width in cells)
+    return f"{i:6} {trace.token_ids[i]:7} {'#' if trace.loss_mask[i] else '.'} {numbers}"
+
+
+def colour_of(trace: TokenTrace, i: int, gap: float | None) -> str:
+    if not trace.loss_mask[i]:
+        return DIM
+    return PLAIN if gap is None or gap < NOTABLE else YELLOW if gap < BAD else RED
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command."""
+    """The command. Exit codes: 0 done, 2 nothing of that name."""
     parser = argparse.ArgumentParser(
         prog="python -m agent_loop.view", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -140,26 +168,35 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("episode", nargs="?", help="id or number of one episode")
     parser.add_argument("--step", type=int, help="only the episodes of this step")
     parser.add_argument("--tokens", action="store_true", help="show every token of the episode")
+    parser.add_argument("--tokenizer", help="folder or hub id: show the text of each token too")
     arguments = parser.parse_args(argv)
     try:
-        files = files_of(arguments.run, arguments.step)
-        if arguments.episode is None:
-            show_list(files)
-            return 0
-        for number, _, episode in numbered(files):
-            if arguments.episode in (episode.id, str(number)):
-                (show_tokens if arguments.tokens else show_episode)(episode)
-                return 0
-    except FileNotFoundError as error:
+        code = show(arguments)
+        sys.stdout.flush()  # here, where a reader that has gone is no surprise
+        return code
+    except (FileNotFoundError, UnknownTokenizer) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # `| head`
-        sys.stderr.close()
+    except BrokenPipeError:  # `| head`: what is still buffered has nowhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    print(
-        f"error: no episode {arguments.episode!r}; list them with python -m agent_loop.view {arguments.run}",
-        file=sys.stderr,
-    )
+
+
+def show(arguments: argparse.Namespace) -> int:
+    files = files_of(arguments.run, arguments.step)
+    if arguments.episode is None:
+        show_list(files)
+        return 0
+    decode = decoder(arguments.tokenizer) if arguments.tokenizer else None
+    for number, _, episode in numbered(files):
+        if arguments.episode in (episode.id, str(number)):
+            if arguments.tokens or decode is not None:
+                show_tokens(episode, decode, coloured=sys.stdout.isatty() and "NO_COLOR" not in os.environ)
+            else:
+                show_episode(episode)
+            return 0
+    listing = f"python -m agent_loop.view {arguments.run}"
+    print(f"error: no episode {arguments.episode!r}; list them with {listing}", file=sys.stderr)
     return 2
 
 
