@@ -26,6 +26,7 @@ _DROPPED_ROLES = ("navigation", "banner", "contentinfo", "complementary", "searc
 _HIDING_STYLE = re.compile(
     r"display\s*:\s*none|visibility\s*:\s*hidden|opacity\s*:\s*0(?:\.0+)?\s*(?:;|$)|font-size\s*:\s*0(?![\d.])", re.I
 )
+_BODY = re.compile(r"<body\b", re.IGNORECASE)
 _XML_DECLARATION = re.compile(r"^\s*<\?xml[^>]*>")
 _BLANK_LINES = re.compile(r"\n\s*\n")
 _SPACES = re.compile(r"(?<=\S)[ \t\xa0]+")
@@ -96,7 +97,10 @@ def _convert(html: str, base_url: str) -> PageText:
     from bs4 import BeautifulSoup, Comment
 
     # With a doctype and no XML declaration BeautifulSoup has no doubt, and no warning, about what it is given.
-    soup = BeautifulSoup("<!doctype html>" + _XML_DECLARATION.sub("", clean_text(html)), "lxml")
+    source = _XML_DECLARATION.sub("", clean_text(html))
+    # Without a <body> of its own, lxml may put what follows a <title> into the head.
+    opened = "" if _BODY.search(source) else "<body>"
+    soup = BeautifulSoup(f"<!doctype html>{opened}{source}", "lxml")
     title = _one_line(soup.title.get_text()) if soup.title else ""
     base = soup.find("base", href=True)
     if base is not None:

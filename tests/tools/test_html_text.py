@@ -165,3 +165,9 @@ def test_ten_kilobytes_take_milliseconds() -> None:
         html_to_text(html + str(i), BASE)
         took.append(time.process_time() - started)
     assert min(took) < 0.05  # 7 ms here; room for slow machines
+
+
+def test_a_page_without_a_body_tag_is_read() -> None:
+    page = html_to_text("<title>T</title><nav>n</nav><main><h1>H</h1><p>words</p></main>", "https://a.example/")
+    assert page.title == "T"
+    assert page.text == "# H\n\nwords"
