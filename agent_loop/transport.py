@@ -58,13 +58,22 @@ class HttpTransport:
         base_url: of an OpenAI-compatible server, with its `/v1`.
         api_key: sent as a bearer token.
         retry_deadline_s: no retry begins later than this after the first try.
+        max_body_bytes: a longer reply is refused while it comes in.
     """
 
-    def __init__(self, base_url: str, api_key: str | None = None, *, retry_deadline_s: float = 60.0) -> None:
+    def __init__(
+        self,
+        base_url: str,
+        api_key: str | None = None,
+        *,
+        retry_deadline_s: float = 60.0,
+        max_body_bytes: int = MAX_BODY_BYTES,
+    ) -> None:
         self.base_url = base_url.rstrip("/")
         self._root = self.base_url.removesuffix("/v1")
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._retry_deadline_s = retry_deadline_s
+        self._max_body_bytes = max_body_bytes
         self._session: Any = None
 
     async def post_json(self, path: str, payload: Mapping[str, Any], *, timeout_s: float) -> dict[str, Any]:
@@ -111,7 +120,7 @@ class HttpTransport:
                 headers=headers,
                 timeout=aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_S),
             ) as response:
-                content = await _bounded(response, url)
+                content = await self._bounded(response, url)
                 status, retry_after = response.status, response.headers.get("Retry-After")
         except aiohttp.ConnectionTimeoutError as error:
             raise _Retryable(f"{url} cannot be reached within {CONNECT_S:g} s") from error
@@ -129,22 +138,22 @@ class HttpTransport:
             raise _Retryable(f"{url} answered {status}: {_excerpt(content)}", status, _seconds(retry_after))
         return read_reply(url, status, content)
 
+    async def _bounded(self, response: Any, url: str) -> bytes:
+        chunks, size = [], 0
+        async for chunk in response.content.iter_any():
+            size += len(chunk)
+            if size > self._max_body_bytes:
+                text = f"{url} sent more than {self._max_body_bytes:,} bytes"
+                raise TransportError(text, "protocol", response.status)
+            chunks.append(chunk)
+        return b"".join(chunks)
+
 
 class _Retryable(Exception):
     def __init__(self, message: str, status: int | None = None, retry_after: float | None = None) -> None:
         super().__init__(message)
         self.status = status
         self.retry_after = retry_after
-
-
-async def _bounded(response: Any, url: str) -> bytes:
-    chunks, size = [], 0
-    async for chunk in response.content.iter_any():
-        size += len(chunk)
-        if size > MAX_BODY_BYTES:
-            raise TransportError(f"{url} sent more than {MAX_BODY_BYTES >> 20} MiB", "protocol", response.status)
-        chunks.append(chunk)
-    return b"".join(chunks)
 
 
 def read_reply(url: str, status: int, content: bytes) -> dict[str, Any]:

@@ -102,6 +102,8 @@ def _convert(html: str, base_url: str) -> PageText:
     opened = "" if _BODY.search(source) else "<body>"
     soup = BeautifulSoup(f"<!doctype html>{opened}{source}", "lxml")
     title = _one_line(soup.title.get_text()) if soup.title else ""
+    if soup.title:
+        soup.title.decompose()
     base = soup.find("base", href=True)
     if base is not None:
         base_url = _joined(base_url, str(base["href"]))

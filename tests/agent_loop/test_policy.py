@@ -127,6 +127,14 @@ async def test_a_reply_that_contradicts_itself(reply: dict[str, Any], message: s
     assert caught.value.kind == "protocol"
 
 
+async def test_a_request_that_the_server_aborted() -> None:
+    with pytest.raises(PolicyError, match="aborted the request") as caught:
+        await VllmPolicy(Canned(changed(finish_reason="abort", token_ids=[])), "m").sample(
+            PROMPT, SamplingParams(max_tokens=2)
+        )
+    assert caught.value.kind == "unavailable"
+
+
 @pytest.mark.parametrize("reply", [changed(logprobs__tokens=["a", "b"]), changed(prompt_token_ids=None)])
 async def test_what_other_servers_leave_out(reply: dict[str, Any]) -> None:
     completion = await VllmPolicy(Canned(reply), "m").sample(PROMPT, SamplingParams(max_tokens=2))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import socket
 import time
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -112,17 +114,80 @@ async def test_an_address_that_is_no_url() -> None:
     await transport.aclose()
 
 
-@pytest.mark.parametrize("reply", [b"SSH-2.0-OpenSSH_9.6\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\n{", b""])
-async def test_what_listens_is_no_model_server(reply: bytes) -> None:
+GZIP = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n"
+
+
+@asynccontextmanager
+async def raw_server(reply: bytes, *, drip_s: float | None = None) -> AsyncIterator[str]:
+    """Sends the same bytes to whoever connects, at once or one after another."""
+
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read(10)
-        writer.write(reply)
+        try:
+            for piece in [reply] if drip_s is None else (reply[i : i + 1] for i in range(len(reply))):
+                writer.write(piece)
+                await writer.drain()
+                await asyncio.sleep(drip_s or 0)
+        except ConnectionError:
+            pass
         writer.close()
 
     async with await asyncio.start_server(answer, "127.0.0.1", 0) as listener:
-        port = listener.sockets[0].getsockname()[1]
-        transport = HttpTransport(f"http://127.0.0.1:{port}/v1", retry_deadline_s=0.3)
-        with pytest.raises(TransportError, match=str(port)):
+        yield f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}/v1"
+
+
+async def test_a_reply_that_never_ends_is_cut_off() -> None:
+    endless = b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 5_000_000
+    async with raw_server(endless) as base_url:
+        transport = HttpTransport(base_url, max_body_bytes=1_000_000)
+        with pytest.raises(TransportError, match="sent more than 1,000,000 bytes") as caught:
+            await transport.get_json("/v1/models", timeout_s=5.0)
+        await transport.aclose()
+    assert caught.value.kind == "protocol"
+
+
+async def test_what_unpacks_to_too_much_is_cut_off() -> None:
+    body = gzip.compress(b" " * 20_000_000)
+    async with raw_server(GZIP + f"Content-Length: {len(body)}\r\n\r\n".encode() + body) as base_url:
+        transport = HttpTransport(base_url, max_body_bytes=1_000_000)
+        with pytest.raises(TransportError, match="sent more than 1,000,000 bytes"):
+            await transport.get_json("/v1/models", timeout_s=5.0)
+        await transport.aclose()
+
+
+async def test_a_reply_that_cannot_be_unpacked() -> None:
+    async with raw_server(GZIP + b"Content-Length: 9\r\n\r\nnot gzip!") as base_url:
+        transport = HttpTransport(base_url, retry_deadline_s=0.3)
+        with pytest.raises(TransportError, match=r"127\.0\.0\.1"):
+            await transport.get_json("/v1/models", timeout_s=5.0)
+        await transport.aclose()
+
+
+async def test_a_reply_that_drips_is_left_in_time() -> None:
+    slow = b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n" + b" " * 5000
+    async with raw_server(slow, drip_s=0.01) as base_url:
+        transport = HttpTransport(base_url)
+        began = time.monotonic()
+        with pytest.raises(TransportError, match="did not answer within") as caught:
+            await transport.get_json("/v1/models", timeout_s=0.5)
+        await transport.aclose()
+    assert caught.value.kind == "unavailable"
+    assert time.monotonic() - began < 3
+
+
+async def test_proxies_of_the_environment_are_not_asked(
+    transport: HttpTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert (await transport.get_json("/v1/models", timeout_s=5.0))["data"][0]["id"]
+
+
+@pytest.mark.parametrize("reply", [b"SSH-2.0-OpenSSH_9.6\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\n{", b""])
+async def test_what_listens_is_no_model_server(reply: bytes) -> None:
+    async with raw_server(reply) as base_url:
+        transport = HttpTransport(base_url, retry_deadline_s=0.3)
+        with pytest.raises(TransportError, match=r"127\.0\.0\.1"):
             await transport.get_json("/v1/models", timeout_s=5.0)
         await transport.aclose()
 
