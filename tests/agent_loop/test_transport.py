@@ -8,7 +8,7 @@ import json
 import socket
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import pytest
@@ -121,19 +121,26 @@ GZIP = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n"
 async def raw_server(reply: bytes, *, drip_s: float | None = None) -> AsyncIterator[str]:
     """Sends the same bytes to whoever connects, at once or one after another."""
 
+    answers: list[asyncio.Task[Any]] = []
+
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.read(10)
-        try:
+        task = asyncio.current_task()
+        assert task is not None
+        answers.append(task)
+        with suppress(ConnectionError):
+            await reader.read(10)
             for piece in [reply] if drip_s is None else (reply[i : i + 1] for i in range(len(reply))):
                 writer.write(piece)
                 await writer.drain()
                 await asyncio.sleep(drip_s or 0)
-        except ConnectionError:
-            pass
         writer.close()
+        with suppress(ConnectionError):
+            await writer.wait_closed()
 
     async with await asyncio.start_server(answer, "127.0.0.1", 0) as listener:
         yield f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}/v1"
+        async with asyncio.timeout(10):
+            await asyncio.gather(*answers)
 
 
 async def test_a_reply_that_never_ends_is_cut_off() -> None:
