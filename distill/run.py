@@ -195,6 +195,8 @@ async def run_training(loaded: LoadedConfig, console: Console, resume: Path | No
         if parts is not None:
             await parts.aclose()
         run.close(status)
+        if status == "failed" and any((path / "checkpoints").glob("step_*")):
+            console.say(f"what was saved is kept; once the cause is mended, continue with --resume {path}")
 
 
 def main(argv: list[str] | None = None) -> int:
