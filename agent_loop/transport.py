@@ -37,9 +37,12 @@ class TransportError(Exception):
 class Transport(Protocol):
     """Where requests go. Paths begin at the server's root: `/v1/completions`."""
 
-    async def post_json(self, path: str, payload: Mapping[str, Any], *, timeout_s: float) -> dict[str, Any]:
+    async def post_json(
+        self, path: str, payload: Mapping[str, Any], *, timeout_s: float, key: str = ""
+    ) -> dict[str, Any]:
         """
         Args:
+            key: requests of one key go to one server, where there are several.
             timeout_s: of the whole call, retries included.
 
         Raises:
@@ -76,7 +79,9 @@ class HttpTransport:
         self._max_body_bytes = max_body_bytes
         self._session: Any = None
 
-    async def post_json(self, path: str, payload: Mapping[str, Any], *, timeout_s: float) -> dict[str, Any]:
+    async def post_json(
+        self, path: str, payload: Mapping[str, Any], *, timeout_s: float, key: str = ""
+    ) -> dict[str, Any]:
         body = json.dumps(payload, separators=(",", ":")).encode()
         return await self._request("POST", path, body, timeout_s)
 
@@ -205,7 +210,9 @@ class AsgiTransport:
     def __init__(self, app: App) -> None:
         self._app = app
 
-    async def post_json(self, path: str, payload: Mapping[str, Any], *, timeout_s: float) -> dict[str, Any]:
+    async def post_json(
+        self, path: str, payload: Mapping[str, Any], *, timeout_s: float, key: str = ""
+    ) -> dict[str, Any]:
         return await self._call("POST", path, json.dumps(payload, separators=(",", ":")).encode(), timeout_s)
 
     async def get_json(self, path: str, *, timeout_s: float) -> dict[str, Any]:

@@ -165,7 +165,7 @@ def build(config: RunConfig, console: Console) -> Parts:
 
 def _student_endpoint(config: RunConfig, student: Student, path: str | Path, renderer: Renderer) -> Endpoint:
     if config.student.base_url is not None:
-        transport = HttpTransport(config.student.base_url, api_key=_api_key(config.student.api_key_env))
+        transport = HttpTransport(config.student.base_url[0], api_key=_api_key(config.student.api_key_env))
         return Endpoint(transport=transport, model=str(config.student.model), path=path)
     engine = EmbeddedEngine(
         student.serving_copy(), renderer.tokenizer, name="student", max_model_len=config.student.max_context
@@ -177,7 +177,7 @@ def _teacher_endpoint(config: RunConfig, path: str | Path) -> Endpoint:
     teacher = config.teacher
     if teacher.base_url is not None:
         transport = HttpTransport(
-            teacher.base_url, api_key=_api_key(teacher.api_key_env), retry_deadline_s=teacher.timeout_s
+            teacher.base_url[0], api_key=_api_key(teacher.api_key_env), retry_deadline_s=teacher.timeout_s
         )
         return Endpoint(transport=transport, model=config.teacher_model, path=path)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -336,7 +336,7 @@ async def teacher_scores(parts: Parts, probe: Probe) -> list[Finding]:
     try:
         runs = [await score(parts.teacher_endpoint, probe, top_k=top_k) for _ in range(3)]
     except ScoringError as error:
-        host = urlsplit(parts.config.teacher.base_url or "").hostname or ""
+        host = urlsplit((parts.config.teacher.base_url or ("",))[0]).hostname or ""
         proprietary = any(host == h or host.endswith("." + h) for h in PROPRIETARY_HOSTS)
         return [
             Finding(

@@ -15,7 +15,7 @@ import re
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
 
 from distill.config_rules import InconsistentConfig, notes_of, problems_of
 from envs.types import Limits, ParseErrorPolicy, TerminationPolicy
@@ -50,7 +50,13 @@ def _run_id(name: str) -> str:
     return name
 
 
-BaseUrl = Annotated[str, AfterValidator(_base_url)]
+BaseUrls = Annotated[
+    tuple[str, ...],
+    Strict(False),
+    Field(min_length=1),
+    BeforeValidator(lambda v: (v,) if isinstance(v, str) else v, json_schema_input_type=str | list[str]),
+    AfterValidator(lambda urls: tuple(map(_base_url, urls))),
+]
 EnvVar = Annotated[str, AfterValidator(_environment_variable)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 CountOrZero = Annotated[int, Field(ge=0, lt=2**31)]
@@ -97,6 +103,35 @@ class LoraConfig(Section):
     """Names of the modules that get an adapter; "all-linear" alone is every linear layer but the output head."""
 
 
+class ServerConfig(Section):
+    """vLLM servers that the run starts, supervises and ends. The table switches it on, even if it is empty."""
+
+    gpus: Annotated[tuple[CountOrZero, ...], Strict(False)] = ()
+    """GPUs by their index: tensor_parallel x data_parallel of them. Empty: all that the server finds; on a machine
+    without a GPU its cores, divided between the servers of the run."""
+    tensor_parallel: Count = 1
+    """GPUs that one copy of the model is spread over."""
+    data_parallel: Count = 1
+    """Copies of the model, each a server of its own: an episode stays with one, and one may die alone."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the served weights. auto: what the model's own configuration says."""
+    memory: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Share of each GPU's memory that a server may take."""
+    cpu_cache_gib: Count = 1
+    """GiB of key-value cache on a machine without a GPU."""
+    max_context: Annotated[int, Field(ge=16)] | None = None
+    """Tokens of context that the server takes. none: `student.max_context` for the student, room for the longest
+    episode for the teacher; else what the model's configuration says."""
+    extra_args: Annotated[tuple[Text, ...], Strict(False)] = ()
+    """Further arguments of vLLM's server, as on its command line."""
+    python: Text | None = None
+    """Python interpreter that has vLLM. none: the one that runs this."""
+    startup_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 900.0
+    """Seconds until a started server must answer."""
+    max_restarts: CountOrZero = 3
+    """Restarts of crashed servers of this table during the run; one more crash ends it."""
+
+
 class StudentConfig(Section):
     """The model that plays the episodes and is trained."""
 
@@ -106,8 +141,17 @@ class StudentConfig(Section):
     """Commit or branch of a Hub model. none: the Hub's default branch."""
     dtype: Dtype = "auto"
     """Number format of weights and activations in the trainer. auto: bfloat16 on a GPU, float32 on a CPU."""
-    base_url: BaseUrl | None = None
-    """Address of the vLLM server that samples, with its `/v1`. none: the embedded engine in this process."""
+    base_url: BaseUrls | None = None
+    """Address of the vLLM server that samples, with its `/v1`, or a list of several that serve the same model. none:
+    `student.server`, else the embedded engine in this process."""
+    server: ServerConfig | None = None
+    """Servers that the run starts for the student. none: `student.base_url`, else the embedded engine."""
+    weight_sync: Literal["disk", "nccl"] = "disk"
+    """How trained weights reach vLLM. disk: safetensors in a new folder each version. nccl: from GPU to GPU; full
+    weights only."""
+    weights_dir: Text | None = None
+    """Folder of published weights, which the servers must be able to read; /dev/shm/NAME is fastest. none: `weights/`
+    in the run's folder."""
     api_key_env: EnvVar | None = None
     """Name of the environment variable with the server's key. Keys themselves never stand in a configuration."""
     max_context: Annotated[int, Field(ge=16)] | None = None
@@ -126,8 +170,13 @@ class TeacherConfig(Section):
     model: Text | None = None
     """Folder, Hub name, `builtin:` name, or the name its server knows it by. none: the student's model as it was at
     the start, which teaches something only with a `system_prompt`."""
-    base_url: BaseUrl | None = None
-    """Address of the vLLM server that scores, with its `/v1`. none: the embedded engine in this process."""
+    base_url: BaseUrls | None = None
+    """Address of the vLLM server that scores, with its `/v1`, or a list of several that serve the same model. none:
+    `teacher.server`, else the embedded engine in this process."""
+    server: ServerConfig | None = None
+    """Servers that the run starts for the teacher. none: `teacher.base_url`, else the embedded engine."""
+    on_student_server: bool = False
+    """Score with the base model of the student's own vLLM server; the student is a LoRA adapter on it."""
     api_key_env: EnvVar | None = None
     """Name of the environment variable with the server's key."""
     dtype: Dtype = "auto"
@@ -207,6 +256,9 @@ class LossConfig(Section):
     """Weight of the teacher's signal."""
     adv_tau: Annotated[float, Field(ge=0, le=100)] = 0.0
     """Weight of the rewards' advantage. 0: rewards never enter the loss."""
+    candidates: Literal["teacher", "student"] = "teacher"
+    """Whose `teacher.top_k` candidates the `topk` loss sums over. student: those of the student at sampling; only with
+    a teacher that scores given ids (vLLM on a GPU)."""
     rho: Annotated[float, Field(ge=1, le=1000)] = 2.0
     """Cap of the importance ratio between the trainer's and the sampler's probability of a token."""
 
@@ -291,6 +343,8 @@ class RunConfig(Section):
     """Folder of all runs, relative to the working directory."""
     run_id: Annotated[str, AfterValidator(_run_id)] | None = None
     """Name of this run's folder in `output_dir`. none: made from the date, the time and the environment."""
+    max_outage_s: Annotated[float, Field(gt=0, le=604_800)] = 900.0
+    """Seconds that a model server may be away. Rollouts and scoring wait that long; then the run saves and exits."""
     tasks: TasksConfig = Field(default_factory=TasksConfig)
     student: StudentConfig
     teacher: TeacherConfig = Field(default_factory=TeacherConfig)

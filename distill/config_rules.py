@@ -42,7 +42,8 @@ class InconsistentConfig(ValueError):
 def problems_of(config: RunConfig) -> Iterator[Problem]:
     """What cannot hold together."""
     student, teacher, rollout, loss = config.student, config.teacher, config.rollout, config.loss
-    if teacher.model is None and teacher.system_prompt is None and teacher.base_url is None:
+    in_process = teacher.base_url is None and teacher.server is None and not teacher.on_student_server
+    if teacher.model is None and teacher.system_prompt is None and in_process:
         yield Problem(
             ("teacher.model", "teacher.system_prompt", "teacher.base_url"),
             "not given, so the teacher would be the student itself and teach nothing; name a model, or give "
@@ -53,12 +54,15 @@ def problems_of(config: RunConfig) -> Iterator[Problem]:
             ("teacher.top_k", "loss.type"),
             f'is {teacher.top_k}, but loss.type "topk" needs the teacher\'s candidates; try 20',
         )
-    if loss.type == "full" and teacher.base_url is not None:
+    if loss.type == "full" and not in_process:
         yield Problem(
             ("loss.type", "teacher.base_url"),
-            '"full" needs the whole distribution of a teacher in this process, but teacher.base_url names a server; '
-            'take "topk", or drop teacher.base_url',
+            '"full" needs the whole distribution of a teacher in this process, but teacher.base_url, teacher.server or '
+            'teacher.on_student_server names a server; take "topk", or drop it',
         )
+    if loss.candidates == "student" and loss.type != "topk":
+        yield Problem(("loss.candidates", "loss.type"), f'is "student", but loss.type "{loss.type}" has no candidates')
+    yield from _server_problems(config)
     if loss.adv_tau > 0 and config.skip_verification:
         yield Problem(
             ("loss.adv_tau", "skip_verification"),
@@ -109,6 +113,58 @@ def problems_of(config: RunConfig) -> Iterator[Problem]:
             )
 
 
+def _server_problems(config: RunConfig) -> Iterator[Problem]:
+    """Who serves what: one way each, and one that can."""
+    student, teacher = config.student, config.teacher
+    for name, section in (("student", student), ("teacher", teacher)):
+        if section.base_url is not None and section.server is not None:
+            yield Problem(
+                (f"{name}.server", f"{name}.base_url"),
+                f"starts a server, but {name}.base_url names one that is there; keep one of the two",
+            )
+        server = section.server
+        if server is not None and server.gpus and len(server.gpus) != server.tensor_parallel * server.data_parallel:
+            yield Problem(
+                (f"{name}.server.gpus", f"{name}.server.tensor_parallel", f"{name}.server.data_parallel"),
+                f"has {len(server.gpus)} GPUs, but tensor_parallel x data_parallel is "
+                f"{server.tensor_parallel * server.data_parallel}",
+            )
+        if server is not None and len(set(server.gpus)) != len(server.gpus):
+            yield Problem((f"{name}.server.gpus",), f"names a GPU twice: {list(server.gpus)}")
+    if student.server is not None and teacher.server is not None:
+        both = sorted(set(student.server.gpus) & set(teacher.server.gpus))
+        if both:
+            yield Problem(
+                ("teacher.server.gpus", "student.server.gpus"), f"shares GPU {both[0]} with student.server.gpus"
+            )
+    on_vllm = student.base_url is not None or student.server is not None
+    if student.weight_sync == "nccl" and not on_vllm:
+        yield Problem(
+            ("student.weight_sync", "student.server"), 'is "nccl", but the student is served by the embedded engine'
+        )
+    if student.weight_sync == "nccl" and student.lora is not None:
+        yield Problem(
+            ("student.weight_sync", "student.lora"), 'is "nccl", which carries full weights; adapters go by disk'
+        )
+    if teacher.on_student_server:
+        if teacher.base_url is not None or teacher.server is not None:
+            yield Problem(
+                ("teacher.on_student_server", "teacher.base_url", "teacher.server"),
+                "takes the student's server, but teacher.base_url or teacher.server names another",
+            )
+        if student.lora is None or not on_vllm:
+            yield Problem(
+                ("teacher.on_student_server", "student.lora", "student.server"),
+                "needs the student as a LoRA adapter (student.lora) on a vLLM server (student.server or "
+                "student.base_url): with full weights the base model would be overwritten",
+            )
+        if teacher.model is not None and teacher.model != student.model:
+            yield Problem(
+                ("teacher.model", "teacher.on_student_server"),
+                f"is {teacher.model!r}, but the base model on the student's server is {student.model!r}",
+            )
+
+
 def notes_of(config: RunConfig) -> Iterator[str]:
     """What is allowed and seldom meant."""
     rollout = config.rollout
@@ -125,8 +181,8 @@ def notes_of(config: RunConfig) -> Iterator[str]:
         yield "loss.adv_tau is above 0 with rollout.group_size 1: an advantage within a group of one is always 0"
     if config.teacher.model == config.student.model and config.teacher.system_prompt is None:
         yield "teacher.model is the student's own and has no system_prompt: the KL is 0 and nothing is learnt"
-    for name, url in (("student", config.student.base_url), ("teacher", config.teacher.base_url)):
-        if url is not None and not url.endswith("/v1"):
+    for name, urls in (("student", config.student.base_url), ("teacher", config.teacher.base_url)):
+        if any(not url.endswith("/v1") for url in urls or ()):
             yield f"{name}.base_url does not end in /v1, as vLLM's address does"
 
 

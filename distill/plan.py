@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import envs
-from distill.config import RunConfig
+from distill.config import RunConfig, StudentConfig, TeacherConfig
 from envs.dataset import iter_tasks
 
 
@@ -22,8 +22,9 @@ def plan(config: RunConfig) -> str:
         if path:
             list(itertools.islice(iter_tasks(path), 100))
     episodes = config.rollout.batch_size * config.rollout.group_size
-    student = config.student.base_url or "embedded engine"
-    teacher = config.teacher.base_url or "embedded engine"
+    student, teacher = served_by(config.student), served_by(config.teacher)
+    if config.teacher.on_student_server:
+        teacher = "the student's server"
     context = " with a system prompt of its own" if config.teacher.system_prompt else ""
     reward = "skipped" if config.skip_verification else "tracked"
     names = ", ".join(spec.name for spec in env.tool_specs) or "none"
@@ -38,3 +39,11 @@ def plan(config: RunConfig) -> str:
         f"run           {config.steps} steps, lr {config.optim.lr:g}, a checkpoint every {config.checkpoint.every}",
     ]
     return "\n".join(lines)
+
+
+def served_by(section: StudentConfig | TeacherConfig) -> str:
+    """Where a model is served, in words."""
+    if section.server is not None:
+        where = f"GPU {', '.join(map(str, section.server.gpus))}" if section.server.gpus else "this machine"
+        return f"{section.server.data_parallel} vLLM server(s) of this run on {where}"
+    return ", ".join(section.base_url) if section.base_url else "embedded engine"

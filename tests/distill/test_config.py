@@ -114,7 +114,7 @@ def test_values_out_of_bounds(changes: dict[str, Any]) -> None:
 
 
 def test_ipv6_and_trailing_slash() -> None:
-    assert config(teacher={"base_url": "http://[::1]:8000/v1/"}).teacher.base_url == "http://[::1]:8000/v1"
+    assert config(teacher={"base_url": "http://[::1]:8000/v1/"}).teacher.base_url == ("http://[::1]:8000/v1",)
 
 
 def test_secrets_have_a_shape_and_model_names_do_not() -> None:
