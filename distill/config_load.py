@@ -4,6 +4,7 @@ mistake at once."""
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import re
 import tomllib
@@ -88,8 +89,8 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 def load_from_arguments(arguments: argparse.Namespace, rest: Sequence[str], say: Callable[[str], None]) -> LoadedConfig:
     """Load what the command line asks for.
 
-    With `--resume RUN`, the run's own `config.json` is the first layer. With neither that nor `--config`, the file
-    `configs/<env>_cpu.toml` is, where there is one, and `say` is told so.
+    With `--resume RUN`, the run's own `config.json` is the first layer. With neither that nor `--config`, a shipped file
+    of the environment is (`default_file`), where there is one, and `say` is told so.
 
     Args:
         arguments: has `config`, and maybe `resume`.
@@ -149,11 +150,21 @@ def _env_of(flags: Sequence[str]) -> Any:
     return next((s.value for s in _flag_settings(flags, []) if s.path == ("env",)), None)
 
 
-def default_file(flags: Sequence[str]) -> Path | None:
-    """The shipped configuration of the environment that the flags name, if there is one."""
+def default_file(flags: Sequence[str], *, on_gpus: bool | None = None) -> Path | None:
+    """The shipped configuration of the environment that the flags name, if there is one: `configs/<env>.toml` on a
+    machine with two GPUs or more and vLLM, `configs/<env>_cpu.toml` on any other.
+
+    Args:
+        on_gpus: None: look at this machine.
+    """
     env = _env_of(flags)
-    found = folder() / f"{env}_cpu.toml"
-    return found if isinstance(env, str) and re.fullmatch(r"\w+", env) and found.is_file() else None
+    if not isinstance(env, str) or not re.fullmatch(r"\w+", env):
+        return None
+    if on_gpus is None:
+        gpus = list(Path("/dev").glob("nvidia[0-9]*"))
+        on_gpus = len(gpus) >= 2 and importlib.util.find_spec("vllm") is not None
+    found = folder() / (f"{env}.toml" if on_gpus else f"{env}_cpu.toml")
+    return found if found.is_file() else None
 
 
 def load_config(paths: Sequence[str | Path] = (), overrides: Sequence[str] | Mapping[str, Any] = ()) -> LoadedConfig:

@@ -18,7 +18,14 @@ from hypothesis import strategies as st
 from distill.config import RunConfig
 from distill.config_cli import main, schema_text
 from distill.config_keys import all_keys, help_text, suggestion
-from distill.config_load import ConfigError, LoadedConfig, add_config_arguments, load_config, load_from_arguments
+from distill.config_load import (
+    ConfigError,
+    LoadedConfig,
+    add_config_arguments,
+    default_file,
+    load_config,
+    load_from_arguments,
+)
 from distill.toml_lines import key_lines
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -295,6 +302,11 @@ def test_the_default_file_is_chosen_by_the_environment_and_said(tmp_path: Path) 
         from_arguments(["--env", "medbrows"])
     with pytest.raises(ConfigError, match="env is not set"):
         from_arguments([])
+
+
+def test_with_gpus_the_default_file_is_the_one_for_gpus() -> None:
+    names = [default_file(["--env", "medbrowse"], on_gpus=on_gpus) for on_gpus in (True, False)]
+    assert [file.name for file in names if file] == ["medbrowse.toml", "medbrowse_cpu.toml"]
 
 
 def test_a_resumed_run_keeps_its_configuration(toml: Any) -> None:
