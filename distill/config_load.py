@@ -89,8 +89,8 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 def load_from_arguments(arguments: argparse.Namespace, rest: Sequence[str], say: Callable[[str], None]) -> LoadedConfig:
     """Load what the command line asks for.
 
-    With `--resume RUN`, the run's own `config.json` is the first layer. With neither that nor `--config`, a shipped file
-    of the environment is (`default_file`), where there is one, and `say` is told so.
+    With `--resume RUN`, the run's own `config.json` is the first layer. With neither that nor `--config`, a shipped
+    file of the environment is (`default_file`), where there is one, and `say` is told so.
 
     Args:
         arguments: has `config`, and maybe `resume`.
