@@ -1,18 +1,21 @@
 """Teacher scores: the log-probability that a served model gives to each token that the student sampled.
 
-One request a finished trace, ids in and numbers out, looked up by id. A score that cannot be had is a `TeacherError`,
-never a number: the episode is dropped from the step and counted, and the run stops when too many are.
+One request a finished trace, ids in and numbers out, looked up by id; the way to ask is probed once
+(agent_loop/scorers.py). A score that cannot be had is a `TeacherError`, never a number: the episode is dropped from
+the step and counted, and the run stops when too many are.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Literal
 
 from agent_loop.renderer import Renderer
-from agent_loop.scoring import PromptScores, ScoringError, prompt_logprobs
+from agent_loop.scorers import Scorer, choose_scorer
+from agent_loop.scoring import PromptScores, ScoringError
 from agent_loop.transport import Transport
 from agent_loop.types import Episode, TokenTrace, TopK
 from distill.types import TeacherError, TeacherScore
@@ -21,27 +24,29 @@ from tools.types import ToolSpec
 
 
 class TokenBudget:
-    """A semaphore of tokens: at most `limit` are in flight at once, first come first served. A single request
-    larger than the limit waits until it is alone."""
+    """A semaphore of tokens: at most `limit` are in flight at once. First come first served, group by group: who waits
+    stands behind the last of its own group, so that sequences with one beginning are scored one after the other. A
+    single request larger than the limit waits until it is alone."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._used = 0
-        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self._waiting: list[_Waiting] = []
 
     @asynccontextmanager
-    async def take(self, tokens: int) -> AsyncIterator[None]:
+    async def take(self, tokens: int, group: str = "") -> AsyncIterator[None]:
         tokens = min(tokens, self._limit)
         if self._waiting or self._used + tokens > self._limit:
-            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._waiting.append((tokens, turn))
+            place = _Waiting(tokens, group, asyncio.get_running_loop().create_future())
+            mine = [i for i, other in enumerate(self._waiting) if other.group == group]
+            self._waiting.insert(mine[-1] + 1 if mine else len(self._waiting), place)
             try:
-                await turn
+                await place.turn
             except asyncio.CancelledError:
-                if turn.done() and not turn.cancelled():
+                if place.turn.done() and not place.turn.cancelled():
                     self._release(tokens)
                 else:
-                    self._waiting.remove((tokens, turn))
+                    self._waiting.remove(place)
                 raise
         else:
             self._used += tokens
@@ -52,20 +57,28 @@ class TokenBudget:
 
     def _release(self, tokens: int) -> None:
         self._used -= tokens
-        while self._waiting and self._used + self._waiting[0][0] <= self._limit:
-            next_tokens, turn = self._waiting.popleft()
-            if not turn.done():
-                self._used += next_tokens
-                turn.set_result(None)
+        while self._waiting and self._used + self._waiting[0].tokens <= self._limit:
+            place = self._waiting.pop(0)
+            if not place.turn.done():
+                self._used += place.tokens
+                place.turn.set_result(None)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Waiting:
+    tokens: int
+    group: str
+    turn: asyncio.Future[None]
 
 
 class HttpTeacher:
-    """A `TeacherScorer` over `/v1/completions` with `prompt_logprobs`.
+    """A `TeacherScorer` over HTTP.
 
     Args:
         transport: to the teacher's server, or to an embedded engine in process.
         model: the name that the server knows it by.
         top_k: candidates a position, for the `topk` loss; 0 is the sampled token alone.
+        candidates: whose they are: the teacher's likeliest, or the student's at sampling, which the trace brings along.
         max_tokens_in_flight: over all requests at once; long prompts cost the server memory.
         renderer: only needed with `system_prompt`.
         system_prompt: privileged context that the student never sees, put before the task's own system message
@@ -79,6 +92,7 @@ class HttpTeacher:
         model: str,
         *,
         top_k: int = 0,
+        candidates: Literal["teacher", "student"] = "teacher",
         max_tokens_in_flight: int = 131_072,
         timeout_s: float = 600.0,
         renderer: Renderer | None = None,
@@ -90,6 +104,8 @@ class HttpTeacher:
         self._transport = transport
         self._model = model
         self._top_k = top_k
+        self._given_ids = top_k > 0 and candidates == "student"
+        self._asking: asyncio.Future[Scorer] | None = None
         self._budget = TokenBudget(max_tokens_in_flight)
         self._timeout_s = timeout_s
         self._renderer = renderer
@@ -98,29 +114,68 @@ class HttpTeacher:
         self.num_tokens = 0
         """Tokens sent for scoring since the start, contexts included: the teacher's cost."""
 
+    async def probe(self) -> str:
+        """Find out how the server is best asked, once; the first score does it where nobody has. Returns its name.
+
+        Raises:
+            TeacherError: the server is not there, or cannot do what the configuration wants.
+        """
+        return (await self._ask_by()).name
+
+    async def _ask_by(self) -> Scorer:
+        asking = self._asking
+        if asking is None:  # one probe for all who wait
+            asking = self._asking = asyncio.ensure_future(
+                choose_scorer(
+                    self._transport,
+                    self._model,
+                    top_k=self._top_k,
+                    given_ids=self._given_ids,
+                    timeout_s=self._timeout_s,
+                )
+            )
+        try:
+            return await asyncio.shield(asking)
+        except ScoringError as error:
+            if self._asking is asking:
+                self._asking = None  # a server that comes back is asked again
+            raise TeacherError(str(error), error.kind) from error
+
     async def score(self, episode: Episode) -> Sequence[TeacherScore]:
         """Score all traces of an episode at once; see `TeacherScorer`."""
-        return await asyncio.gather(*(self._score_trace(episode.task, trace) for trace in episode.traces))
+        return await asyncio.gather(*(self._score_trace(episode, trace) for trace in episode.traces))
 
     async def aclose(self) -> None:
         await self._transport.aclose()
 
-    async def _score_trace(self, task: Task, trace: TokenTrace) -> TeacherScore:
+    async def _score_trace(self, episode: Episode, trace: TokenTrace) -> TeacherScore:
         if not any(trace.loss_mask):
             return TeacherScore(logprobs=[None] * len(trace))
-        context, skipped = self._context(task, trace)
+        scorer = await self._ask_by()
+        context, skipped = self._context(episode.task, trace)
+        shift = len(context) - skipped
         # Nothing after the last trained token is needed.
         end = len(trace) - trace.loss_mask[::-1].index(True)
         ids = [*context, *trace.token_ids[skipped:end]]
-        async with self._budget.take(len(ids)):
+        trained = [i for i, is_trained in enumerate(trace.loss_mask) if is_trained]
+        candidates = _candidates(trace, trained, self._top_k) if self._given_ids else None
+        async with self._budget.take(len(ids), episode.task.id):
             self.num_tokens += len(ids)
             try:
-                scores = await prompt_logprobs(
-                    self._transport, self._model, ids, top_k=self._top_k, timeout_s=self._timeout_s
+                scores = await scorer.score(
+                    self._transport,
+                    self._model,
+                    ids,
+                    [i + shift for i in trained],
+                    top_k=self._top_k,
+                    timeout_s=self._timeout_s,
+                    # A group shares its prompt: with a prefix cache, one server should see all of it.
+                    key=episode.task.id if scorer.reads_prefix_cache else episode.id,
+                    candidates=candidates,
                 )
             except ScoringError as error:
                 raise TeacherError(str(error), error.kind) from error
-        return align(trace, scores, shift=len(context) - skipped, top_k=self._top_k)
+        return align(trace, scores, shift=shift, top_k=self._top_k)
 
     def _context(self, task: Task, trace: TokenTrace) -> tuple[list[int], int]:
         """The ids that replace the trace's first ones for the teacher, and how many they replace."""
@@ -140,6 +195,25 @@ class HttpTeacher:
                 "protocol",
             )
         return teacher[: len(teacher) - shared], head
+
+
+def _candidates(trace: TokenTrace, trained: Sequence[int], top_k: int) -> list[list[int]]:
+    """[R][K] the student's likeliest ids at sampling.
+
+    Raises:
+        TeacherError: the student's server did not say them.
+    """
+    # TODO(D): TokenTrace.sampling_topk
+    topk: TopK | None = None
+    found = [topk.token_ids[i] if topk is not None else None for i in trained]
+    rows = [ids[:top_k] for ids in found if ids is not None and len(ids) >= top_k]
+    if len(rows) < len(trained):
+        raise TeacherError(
+            f'loss.candidates = "student": {len(trained) - len(rows)} of {len(trained)} sampled tokens have no {top_k} '
+            "candidates of the student's server",
+            "protocol",
+        )
+    return rows
 
 
 def with_system_prompt(messages: Sequence[Message], system_prompt: str) -> tuple[Message, ...]:

@@ -7,9 +7,12 @@ import asyncio
 import pytest
 
 from agent_loop.scoring import PromptScores
-from agent_loop.types import Segment, SegmentSource, TokenTrace
-from distill.teacher import TokenBudget, align, with_system_prompt
+from agent_loop.transport import HttpTransport
+from agent_loop.types import Episode, Segment, SegmentSource, TokenTrace
+from distill.teacher import HttpTeacher, TokenBudget, align, with_system_prompt
 from distill.types import TeacherError
+from envs.types import StopReason, Task
+from tests.fakes.fake_vllm import FakeVllm
 
 
 def trace() -> TokenTrace:
@@ -99,3 +102,92 @@ async def test_a_cancelled_request_gives_its_tokens_back() -> None:
     await asyncio.wait_for(other, timeout=1)
     async with asyncio.timeout(1), budget.take(10):
         pass
+
+
+async def test_who_waits_stands_with_its_group() -> None:
+    budget, served = TokenBudget(10), list[str]()
+
+    async def request(group: str, number: int) -> None:
+        async with budget.take(10, group):
+            served.append(f"{group}{number}")
+            await asyncio.sleep(0)
+
+    # The groups' episodes end in turns; the first is in flight before anyone waits.
+    await asyncio.gather(*(request(group, number) for number in range(3) for group in "abc"))
+    assert served == ["a0", "b0", "b1", "b2", "c0", "c1", "c2", "a1", "a2"]
+
+
+def episode(task: str = "t") -> Episode:
+    return Episode(
+        id=f"0/{task}/0",
+        env_id="e",
+        task=Task(id=task, messages=({"role": "user", "content": "?"},)),
+        turns=[],
+        traces=[trace()],
+        stop_reason=StopReason.ANSWERED,
+    )
+
+
+@pytest.mark.parametrize(("options", "name"), [({}, "plain (completions)"), ({"generates": True}, "plain (generate)")])
+@pytest.mark.parametrize("top_k", [0, 3])
+async def test_the_teachers_numbers_lie_on_the_trained_tokens(options: dict[str, bool], name: str, top_k: int) -> None:
+    with FakeVllm("teacher", 64, **options) as server:  # type: ignore[arg-type]
+        teacher = HttpTeacher(HttpTransport(server.base_url), "teacher", top_k=top_k)
+        (score,) = await teacher.score(episode())
+        assert await teacher.probe() == name
+        await teacher.aclose()
+        ids, mask = trace().token_ids, trace().loss_mask
+        states = server.invented.states(ids)
+        assert score.logprobs == [
+            server.invented.logprob(states[i], ids[i]) if mask[i] else None for i in range(len(ids))
+        ]
+        if top_k:
+            assert score.topk is not None
+            assert score.topk.token_ids[6] == [server.invented.at_rank(states[6], rank) for rank in range(3)]
+            assert score.topk.token_ids[5] is None
+
+
+async def test_fast_scoring_of_sampled_tokens() -> None:
+    with FakeVllm("teacher", 64, scores_given_ids=True) as server:
+        teacher = HttpTeacher(HttpTransport(server.base_url), "teacher")
+        assert await teacher.probe() == "fast"
+        (score,) = await teacher.score(episode())
+        await teacher.aclose()
+        ids, mask = trace().token_ids, trace().loss_mask
+        states = server.invented.states(ids)
+        expected = [server.invented.logprob(states[i], ids[i]) if mask[i] else None for i in range(len(ids))]
+        assert score.logprobs == pytest.approx(expected, abs=1e-6)
+
+
+async def test_one_probe_for_all_who_wait() -> None:
+    with FakeVllm("teacher", 64, generates=True) as server:
+        teacher = HttpTeacher(HttpTransport(server.base_url), "teacher")
+        await asyncio.gather(*(teacher.score(episode(f"t{i}")) for i in range(5)))
+        await teacher.aclose()
+        # `fast` is refused, `generate` answers, five scores
+        assert len(server.received) == 7
+
+
+async def test_a_teacher_that_is_away_is_asked_again_when_it_is_back() -> None:
+    teacher = HttpTeacher(HttpTransport("http://127.0.0.1:9/v1", retry_deadline_s=0.05), "teacher")
+    for _ in range(2):
+        with pytest.raises(TeacherError) as caught:
+            await teacher.score(episode())
+        assert caught.value.kind == "unavailable"
+    await teacher.aclose()
+
+
+async def test_the_students_candidates_need_a_teacher_that_scores_given_ids() -> None:
+    with FakeVllm("teacher", 64, generates=True) as server:
+        teacher = HttpTeacher(HttpTransport(server.base_url), "teacher", top_k=3, candidates="student")
+        with pytest.raises(TeacherError, match=r'loss\.candidates = "student" needs'):
+            await teacher.probe()
+        await teacher.aclose()
+
+
+async def test_a_trace_without_the_students_candidates_is_an_error() -> None:
+    with FakeVllm("teacher", 64, scores_given_ids=True) as server:
+        teacher = HttpTeacher(HttpTransport(server.base_url), "teacher", top_k=3, candidates="student")
+        with pytest.raises(TeacherError, match="4 of 4 sampled tokens have no 3 candidates"):
+            await teacher.score(episode())
+        await teacher.aclose()

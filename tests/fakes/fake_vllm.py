@@ -7,10 +7,8 @@ sampling and scoring and in every process, so replies can be checked number by n
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import math
-import random
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,58 +16,13 @@ from typing import Any, Literal, Self, get_args
 
 from aiohttp import web
 
+from tests.fakes.generate import as_generated, score_given_ids
+from tests.fakes.invented import InventedModel, step
+
 Fault = Literal[
     "minus_9999", "nan", "null", "short", "wrong_ids", "truncated_json", "http_500", "http_429", "stall", "html"
 ]
 GREEDY_BELOW = 1e-5
-
-
-def step(state: int, token_id: int) -> int:
-    """The number of a prefix that is one token longer."""
-    return (state * 6364136223846793005 + token_id + 1442695040888963407) % 2**64
-
-
-class InventedModel:
-    """log p(token | prefix) = table[(a * token + hash of the prefix) mod V]: a fixed list of log-probabilities, dealt
-    out anew after every prefix.
-
-    Args:
-        vocab_size: V.
-        decay: how much likelier each rank is than the next, in nats.
-    """
-
-    def __init__(self, vocab_size: int, decay: float = 0.5) -> None:
-        weights = [math.exp(-decay * min(rank, 40)) for rank in range(vocab_size)]
-        total = sum(weights)
-        self.vocab_size = vocab_size
-        self._cumulative = list(itertools.accumulate(weight / total for weight in weights))
-        self._table = [math.log(weight / total) for weight in weights]
-        self._factor = next(a for a in itertools.count(max(1, vocab_size // 3)) if math.gcd(a, vocab_size) == 1)
-        self._inverse = pow(self._factor, -1, vocab_size)
-
-    def states(self, ids: Sequence[int]) -> list[int]:
-        """[len(ids) + 1] a number for each prefix, the empty one first."""
-        state, states = 1, [1]
-        for token_id in ids:
-            state = step(state, token_id)
-            states.append(state)
-        return states
-
-    def logprob(self, state: int, token_id: int) -> float:
-        return self._table[self.rank(state, token_id)]
-
-    def rank(self, state: int, token_id: int) -> int:
-        """0 is the likeliest."""
-        return (self._factor * token_id + (state >> 20)) % self.vocab_size
-
-    def at_rank(self, state: int, rank: int) -> int:
-        return (rank - (state >> 20)) * self._inverse % self.vocab_size
-
-    def draw(self, state: int, seed: int | None, *, top_k: int = 0) -> int:
-        """A token; the same one for the same prefix and seed."""
-        rng = random.Random(None if seed is None else f"{seed}/{state}")
-        kept = min(top_k, self.vocab_size) if top_k > 0 else self.vocab_size
-        return self.at_rank(state, rng.choices(range(kept), cum_weights=self._cumulative[:kept])[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +52,9 @@ class FakeVllm:
         model: the only name that it knows.
         returns_ids: False: `return_token_ids` is ignored, as other servers do.
         scores: False: `prompt_logprobs` is ignored.
+        generates: True: `/inference/v1/generate` is there, as with `--enable-scale-out`.
+        scores_given_ids: True: and takes `prompt_logprob_token_ids`, as vLLM's GPU model runner does.
+        cached_tokens: tokens of every prompt that the prefix cache holds, for requests that read it.
         weight_version: put into every reply; vLLM puts none there.
         chat_replies: messages that `/v1/chat/completions` answers with, in order. An item may hold `finish_reason`.
     """
@@ -111,6 +67,9 @@ class FakeVllm:
         max_model_len: int = 4096,
         returns_ids: bool = True,
         scores: bool = True,
+        generates: bool = False,
+        scores_given_ids: bool = False,
+        cached_tokens: int = 0,
         weight_version: int | None = None,
         chat_replies: Iterable[Mapping[str, Any]] = (),
     ) -> None:
@@ -119,9 +78,12 @@ class FakeVllm:
         self.max_model_len = max_model_len
         self.returns_ids = returns_ids
         self.scores = scores
+        self.generates = generates or scores_given_ids
+        self.scores_given_ids = scores_given_ids
+        self.cached_tokens = cached_tokens
         self.weight_version = weight_version
         self.received: list[Received] = []
-        """Requests to `/v1/`, good and bad ones, in the order in which they came."""
+        """Requests to `/v1/` and to those of other paths that are served, in the order in which they came."""
         self._chat_replies = iter(chat_replies)
         self._plan: _Plan | None = None
         self._ready = threading.Event()
@@ -161,6 +123,7 @@ class FakeVllm:
         app = web.Application(client_max_size=64 << 20)
         app.router.add_get("/v1/models", self._models)
         app.router.add_post("/v1/completions", self._completions)
+        app.router.add_post("/inference/v1/generate", self._generate)
         app.router.add_post("/v1/chat/completions", self._chat)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1, handler_cancellation=True)
         await runner.setup()
@@ -188,6 +151,37 @@ class FakeVllm:
         body = self._complete(payload)
         if fault is not None:
             _damage(body, fault)
+        text = json.dumps(body)
+        return web.Response(
+            text=text[: len(text) // 2] if fault == "truncated_json" else text, content_type="application/json"
+        )
+
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
+        if not self.generates:
+            return _error(403, "This endpoint is disabled. Start the server with --enable-scale-out.")
+        payload = await self._read(request)
+        params = payload["sampling_params"]
+        flat = {**params, "model": payload["model"], "prompt": payload["token_ids"], "return_token_ids": True}
+        fault = self._fault_for(params)
+        if (refusal := self._before(fault)) is not None:
+            return refusal
+        if fault == "stall":
+            await self._closing.wait()
+        if (problem := self._problem(flat)) is not None:
+            return _error(*problem)
+        body = self._complete(flat)
+        if fault is not None:
+            _damage(body, fault)
+        body = as_generated(body)
+        if params.get("prompt_logprob_token_ids") is not None:
+            if not self.scores_given_ids:
+                return _error(400, "prompt_logprob_token_ids requires the V2 model runner.")
+            try:
+                body["prompt_token_id_logprobs"] = score_given_ids(
+                    self.invented, payload["token_ids"], params, cached_tokens=self.cached_tokens, fault=fault
+                )
+            except ValueError as error:
+                return _error(400, str(error))
         text = json.dumps(body)
         return web.Response(
             text=text[: len(text) // 2] if fault == "truncated_json" else text, content_type="application/json"
@@ -226,7 +220,8 @@ class FakeVllm:
 
     def _fault_for(self, payload: Mapping[str, Any]) -> Fault | None:
         plan = self._plan
-        if plan is None or (plan.only_scoring and payload.get("prompt_logprobs") is None):
+        scored = any(payload.get(key) is not None for key in ("prompt_logprobs", "prompt_logprob_token_ids"))
+        if plan is None or (plan.only_scoring and not scored):
             return None
         plan.seen += 1
         bad = plan.seen > plan.good and (plan.until is None or plan.seen <= plan.until)
