@@ -142,10 +142,10 @@ class FastScorer:
         table = read_npy(text, (len(asked), max(map(len, asked))))
         logprobs: list[float | None] = [None] * len(ids)
         topk: list[list[tuple[int, float]] | None] | None = [None] * len(ids) if candidates is not None else None
-        for position in rows:
+        values = table[[position - rows[0] for position in rows]].tolist()
+        for position, found in zip(rows, values, strict=True):
             wanted = asked[position - rows[0]]
-            values = table[position - rows[0], : len(wanted)].tolist()
-            numbers = [checked(value, position, token) for token, value in zip(wanted, values, strict=True)]
+            numbers = [checked(value, position, token) for token, value in zip(wanted, found, strict=False)]
             logprobs[position] = numbers[0]
             if topk is not None:
                 topk[position] = list(zip(wanted[1:], numbers[1:], strict=True))
