@@ -35,6 +35,8 @@ class Sampling:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    top_logprobs: int = 0
+    """Candidates to record at each sampled position."""
     max_context: int | None = None
     """Tokens that the model may see; None leaves it to the server to refuse."""
 
@@ -108,6 +110,7 @@ class TokenActor:
             temperature=self._sampling.temperature,
             top_p=self._sampling.top_p,
             top_k=self._sampling.top_k,
+            top_logprobs=self._sampling.top_logprobs,
             stop_token_ids=self._renderer.stop_token_ids,
             seed=seed_of(self._seed, self._key, self._index),
         )

@@ -198,15 +198,20 @@ def _turn_to_json(turn: Turn) -> dict[str, Any]:
 
 
 def _trace_to_json(trace: TokenTrace) -> dict[str, Any]:
-    topk = trace.teacher_topk
     return {
         "token_ids": trace.token_ids,
         "loss_mask": [int(trained) for trained in trace.loss_mask],
         "sampling_logprobs": trace.sampling_logprobs,
         "teacher_logprobs": trace.teacher_logprobs,
-        "teacher_topk": {"token_ids": topk.token_ids, "logprobs": topk.logprobs} if topk else None,
+        "teacher_topk": _topk_to_json(trace.teacher_topk),
+        "policy_versions": trace.policy_versions,
+        "sampling_topk": _topk_to_json(trace.sampling_topk),
         "segments": [[s.source.value, s.turn, s.start, s.end] for s in trace.segments],
     }
+
+
+def _topk_to_json(topk: TopK | None) -> dict[str, Any] | None:
+    return {"token_ids": topk.token_ids, "logprobs": topk.logprobs} if topk is not None else None
 
 
 def episode_from_json(value: Any) -> Episode:
@@ -299,17 +304,14 @@ def _result_from_json(value: dict[str, Any]) -> ToolResult:
 
 
 def _trace_from_json(value: dict[str, Any]) -> TokenTrace:
-    topk = value["teacher_topk"]
     _all((int,), value["token_ids"])
     _all((int,), value["loss_mask"])
     for name in ("sampling_logprobs", "teacher_logprobs"):
         _all((float, int, NoneType), value[name] or ())
     if min(value["token_ids"], default=0) < 0 or not set(value["loss_mask"]) <= {0, 1}:
         raise TypeError("a token id is below 0, or an entry of loss_mask is neither 0 nor 1")
-    if topk is not None:
-        for name, kinds in (("token_ids", (int,)), ("logprobs", (float, int))):
-            for row in topk[name]:
-                _all(kinds, () if row is None else _list(row))
+    versions = value.get("policy_versions")  # absent in files of before these were recorded
+    _all((int, NoneType), versions or ())
     return TokenTrace(
         token_ids=value["token_ids"],
         loss_mask=[bool(trained) for trained in value["loss_mask"]],
@@ -319,8 +321,19 @@ def _trace_from_json(value: dict[str, Any]) -> TokenTrace:
             for source, turn, start, end in value["segments"]
         ],
         teacher_logprobs=value["teacher_logprobs"],
-        teacher_topk=TopK(**topk) if topk is not None else None,
+        teacher_topk=_topk_from_json(value["teacher_topk"]),
+        policy_versions=versions,
+        sampling_topk=_topk_from_json(value.get("sampling_topk")),
     )
+
+
+def _topk_from_json(value: dict[str, Any] | None) -> TopK | None:
+    if value is None:
+        return None
+    for name, kinds in (("token_ids", (int,)), ("logprobs", (float, int))):
+        for row in value[name]:
+            _all(kinds, () if row is None else _list(row))
+    return TopK(**value)
 
 
 def _messages(value: Any) -> tuple[Message, ...]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
-from agent_loop.types import Completion, Segment, SegmentSource, TokenTrace
+from agent_loop.types import Completion, Segment, SegmentSource, TokenTrace, TopK
+
+T = TypeVar("T")
 
 
 class TraceBuilder:
@@ -59,6 +62,9 @@ class TraceBuilder:
         self._answered = True
         start = len(self._ids)
         self._grow(completion.token_ids, SegmentSource.ASSISTANT, turn, trainable, completion.logprobs)
+        versions = completion.token_versions or (completion.policy_version,) * len(completion.token_ids)
+        self._versions.extend(versions)
+        self._topk.extend(completion.topk or [None] * len(completion.token_ids))
         return start, len(self._ids)
 
     def extend(self, glue_ids: Sequence[int], tool_ids: Sequence[int], *, turn: int) -> None:
@@ -99,13 +105,27 @@ class TraceBuilder:
         self._mask: list[bool] = []
         self._logprobs: list[float | None] = []
         self._segments: list[Segment] = []
+        self._versions: list[int | None] = []
+        self._topk: list[tuple[tuple[int, float], ...] | None] = []
         self._answered = False
         self._grow(prompt_ids, SegmentSource.PROMPT, -1)
 
     def _present(self) -> TokenTrace:
-        return TokenTrace(
+        trace = TokenTrace(
             token_ids=self._ids, loss_mask=self._mask, sampling_logprobs=self._logprobs, segments=self._segments
         )
+        sampled = [i for s in self._segments if s.source is SegmentSource.ASSISTANT for i in range(s.start, s.end)]
+        if any(version is not None for version in self._versions):
+            trace.policy_versions = _spread(sampled, self._versions, len(trace))
+        if any(row is not None for row in self._topk):
+            trace.sampling_topk = TopK(
+                token_ids=_spread(sampled, [[i for i, _ in row] if row else None for row in self._topk], len(trace)),
+                logprobs=_spread(
+                    sampled, [[value for _, value in row] if row else None for row in self._topk], len(trace)
+                ),
+            )
+        trace.check()
+        return trace
 
     def _grow(
         self,
@@ -122,3 +142,11 @@ class TraceBuilder:
         self._mask.extend([trained] * len(ids))
         self._logprobs.extend(logprobs if logprobs is not None else [None] * len(ids))
         self._segments.append(Segment(start=start, end=len(self._ids), source=source, turn=turn))
+
+
+def _spread(positions: Sequence[int], values: Sequence[T | None], length: int) -> list[T | None]:
+    """[length] the values at their positions, None elsewhere."""
+    found: list[T | None] = [None] * length
+    for position, value in zip(positions, values, strict=True):
+        found[position] = value
+    return found

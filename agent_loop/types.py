@@ -62,6 +62,8 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     seed: int | None = None
     """Of this one request; drawn from (run seed, step, task, sample, turn)."""
+    top_logprobs: int = 0
+    """K: also return the K likeliest tokens at each sampled position, with their log-probabilities."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,13 +76,20 @@ class Completion:
     """[N] log-probability under the distribution that each id was drawn from."""
     finish_reason: FinishReason
     policy_version: int | None
-    """Version of the weights that sampled it; None where the server does not say."""
+    """The oldest version of the weights that sampled a token of it; None where the server does not say."""
+    token_versions: tuple[int | None, ...] = ()
+    """[N] version of each token; empty: all are of `policy_version`."""
+    topk: tuple[tuple[tuple[int, float], ...], ...] = ()
+    """[N][K] the likeliest (id, log-probability), best first; empty where they were not asked for."""
     num_cached_tokens: int | None = None
     """Prompt tokens that the server took from its prefix cache."""
 
     def __post_init__(self) -> None:
         if len(self.token_ids) != len(self.logprobs):
             raise ValueError(f"Completion: {len(self.token_ids)} token ids but {len(self.logprobs)} log-probabilities")
+        for name, values in (("versions", self.token_versions), ("rows of candidates", self.topk)):
+            if values and len(values) != len(self.token_ids):
+                raise ValueError(f"Completion: {len(self.token_ids)} token ids but {len(values)} {name}")
         for i, logprob in enumerate(self.logprobs):
             if not math.isfinite(logprob) or logprob > 1e-4:
                 raise ValueError(f"Completion: log-probability {logprob!r} of token {i} is not a finite number <= 0")
@@ -119,7 +128,8 @@ class Segment:
 
 @dataclass(slots=True, kw_only=True)
 class TopK:
-    """The K likeliest next tokens at the positions of the loss mask, by the teacher."""
+    """The K likeliest next tokens at some positions: those of the loss mask by the teacher, sampled ones by the
+    student."""
 
     token_ids: list[list[int] | None]
     """[L][K] None where not scored."""
@@ -143,6 +153,11 @@ class TokenTrace:
     """[L] by the teacher; None where not scored. None as a whole: the teacher was not asked."""
     teacher_topk: TopK | None = None
     """For the losses that need more than the sampled token."""
+    policy_versions: list[int | None] | None = None
+    """[L] version of the weights that sampled each token; None where not sampled or not said. None as a whole: never
+    said."""
+    sampling_topk: TopK | None = None
+    """The student's own candidates at sampling, at sampled positions; None where they were not asked for."""
 
     def __post_init__(self) -> None:
         self.check()
@@ -167,6 +182,9 @@ class TokenTrace:
             "teacher_logprobs": self.teacher_logprobs,
             "teacher_topk.token_ids": self.teacher_topk.token_ids if self.teacher_topk else None,
             "teacher_topk.logprobs": self.teacher_topk.logprobs if self.teacher_topk else None,
+            "policy_versions": self.policy_versions,
+            "sampling_topk.token_ids": self.sampling_topk.token_ids if self.sampling_topk else None,
+            "sampling_topk.logprobs": self.sampling_topk.logprobs if self.sampling_topk else None,
         }
         for name, values in arrays.items():
             if values is not None and len(values) != length:

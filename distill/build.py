@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -14,12 +14,12 @@ import transformers
 import envs
 from agent_loop.policy import VllmPolicy
 from agent_loop.renderer import Renderer, load_renderer
-from agent_loop.transport import AsgiTransport, HttpTransport, Transport
 from distill import models
 from distill.config import RunConfig
 from distill.console import Console
-from distill.publish import EmbeddedPublisher, Publisher
-from distill.serving.embedded import EmbeddedEngine
+from distill.endpoints import Endpoint, Place, publisher_for
+from distill.publish import Publisher
+from distill.serving.fleet import Fleet
 from distill.student import Student
 from distill.teacher import HttpTeacher
 from envs.dataset import read_tasks
@@ -27,27 +27,14 @@ from envs.tool_env import ToolEnv
 from envs.types import Task
 from tools.types import ToolSpec
 
+T = TypeVar("T")
+
+CANARY_TOKENS = 64
+ROUTES = {"completions": "/v1/completions", "generate": "/inference/v1/generate"}
+
 
 class BuildError(Exception):
     """A part of the run cannot be made from the configuration; the message says which key and why."""
-
-
-@dataclass(slots=True, kw_only=True)
-class Endpoint:
-    """One served model."""
-
-    transport: Transport
-    model: str
-    """The name that the server knows it by."""
-    path: str | Path
-    """Where its tokenizer and weights are: a folder or a hub id."""
-    engine: EmbeddedEngine | None = None
-    """Set where this process serves it."""
-
-    async def aclose(self) -> None:
-        await self.transport.aclose()
-        if self.engine is not None:
-            await self.engine.aclose()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -65,18 +52,71 @@ class Parts:
     train_tasks: Sequence[Task]
     eval_tasks: Sequence[Task]
     tool_specs: Sequence[ToolSpec]
+    canary: Sequence[int]
+    """A fixed token sequence that server and trainer must agree on after each publication."""
     max_context: int | None
     """Tokens that the student's server takes; None where only the server knows."""
+
+    @property
+    def fleets(self) -> list[Fleet]:
+        """The servers that may go away."""
+        endpoints = (self.student_endpoint, self.teacher_endpoint)
+        return list({id(e.fleet): e.fleet for e in endpoints if e.fleet is not None}.values())
 
     def make_env(self, *, verify: bool) -> ToolEnv:
         """A fresh environment; a grader is built only with `verify`."""
         return make_env(self.config, verify=verify)
 
+    async def start(self, console: Console) -> None:
+        """Start the servers and find out how they are best asked.
+
+        Raises:
+            LaunchError: a server did not start; with the end of its log.
+            PolicyError: the student's does not answer.
+        """
+        for fleet in self.fleets:
+            console.say(f"{fleet.name}: {fleet.plan()}")
+        await asyncio.gather(*(fleet.start() for fleet in self.fleets))
+        if self.max_context is None:
+            self.max_context = await served_context(self.student_endpoint)
+        api = await self.policy.probe()
+        if self.fleets:
+            console.say(f"servers are ready; rollouts by {ROUTES[api]}")
+
+    async def publish(self, version: int) -> float:
+        """Make the student's servers sample from its present weights; returns the canary's largest difference, nats."""
+        difference = await self.publisher.publish(self.student, version)
+        self.student_endpoint.model = self.policy.model = self.publisher.model
+        self.policy.policy_version = version
+        return difference
+
+    async def while_served(self, work: Coroutine[Any, Any, T]) -> T:
+        """Await `work` as long as its servers can be had.
+
+        Raises:
+            ServerLost: one stayed away for longer than `max_outage_s`; `work` is cancelled.
+        """
+        task = asyncio.ensure_future(work)
+        lost: list[asyncio.Future[None]] = [fleet.lost for fleet in self.fleets]
+        try:
+            waiting: list[asyncio.Future[Any]] = [task, *lost]
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            if not task.done():
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+        for future in lost:
+            if future.done() and (task.cancelled() or task.exception() is not None):
+                future.result()  # an outage is the cause of whatever else failed
+        return task.result()
+
     async def aclose(self) -> None:
+        await self.publisher.aclose()
         await self.policy.aclose()
         await self.teacher.aclose()
         await self.student_endpoint.aclose()
-        await self.teacher_endpoint.aclose()
+        if self.teacher_endpoint.transport is not self.student_endpoint.transport:
+            await self.teacher_endpoint.aclose()
 
 
 def make_env(config: RunConfig, *, verify: bool) -> ToolEnv:
@@ -103,8 +143,11 @@ def load_tasks(config: RunConfig) -> tuple[list[Task], list[Task]]:
     return tasks[0], tasks[1]
 
 
-def build(config: RunConfig, console: Console) -> Parts:
-    """Load models, start engines, connect servers.
+def build(config: RunConfig, console: Console, folder: Path) -> Parts:
+    """Load models and lay out the servers; `Parts.start` starts them.
+
+    Args:
+        folder: of the run: servers' logs and published weights go there.
 
     Raises:
         BuildError, ConfigError, TaskError: what is wrong, before anything is trained.
@@ -130,14 +173,12 @@ def build(config: RunConfig, console: Console) -> Parts:
             student.load_teacher(teacher_path)
         except ValueError as error:
             raise BuildError(f"teacher: {error}") from error
-    student_endpoint = _student_endpoint(config, student, student_path, renderer)
-    teacher_endpoint = _teacher_endpoint(config, teacher_path)
     env = make_env(config, verify=False)
-    if student_endpoint.engine is None:
-        raise BuildError(
-            "student.base_url: this version publishes weights only to the embedded engine, so a run that trains needs "
-            "student.base_url unset. To evaluate a model that a server serves: python -m agent_loop.rollout"
-        )
+    place = Place(config=config, folder=folder)
+    student_endpoint = place.student(student, student_path, renderer)
+    teacher_endpoint = place.teacher(teacher_path, renderer, student_endpoint)
+    messages = renderer.clean(train_tasks[0].messages)
+    canary = renderer.render_prompt(messages, env.tool_specs)[:CANARY_TOKENS]
     return Parts(
         config=config,
         renderer=renderer,
@@ -149,52 +190,27 @@ def build(config: RunConfig, console: Console) -> Parts:
             teacher_endpoint.transport,
             teacher_endpoint.model,
             top_k=teacher_config.top_k if config.loss.type == "topk" else 0,
+            candidates=config.loss.candidates,
             max_tokens_in_flight=teacher_config.max_tokens_in_flight,
             timeout_s=teacher_config.timeout_s,
             renderer=renderer,
             system_prompt=teacher_config.system_prompt,
             tool_specs=env.tool_specs,
         ),
-        publisher=EmbeddedPublisher(student_endpoint.engine),
+        publisher=publisher_for(config, student_endpoint, folder, canary),
         train_tasks=train_tasks,
         eval_tasks=eval_tasks,
         tool_specs=env.tool_specs,
-        max_context=config.student.max_context or student_endpoint.engine.limits.max_model_len,
+        canary=canary,
+        max_context=config.student.max_context
+        or (student_endpoint.engine.limits.max_model_len if student_endpoint.engine else None),
     )
 
 
-def _student_endpoint(config: RunConfig, student: Student, path: str | Path, renderer: Renderer) -> Endpoint:
-    if config.student.base_url is not None:
-        transport = HttpTransport(config.student.base_url[0], api_key=_api_key(config.student.api_key_env))
-        return Endpoint(transport=transport, model=str(config.student.model), path=path)
-    engine = EmbeddedEngine(
-        student.serving_copy(), renderer.tokenizer, name="student", max_model_len=config.student.max_context
-    )
-    return Endpoint(transport=AsgiTransport(engine.app), model="student", path=path, engine=engine)
-
-
-def _teacher_endpoint(config: RunConfig, path: str | Path) -> Endpoint:
-    teacher = config.teacher
-    if teacher.base_url is not None:
-        transport = HttpTransport(
-            teacher.base_url[0], api_key=_api_key(teacher.api_key_env), retry_deadline_s=teacher.timeout_s
-        )
-        return Endpoint(transport=transport, model=config.teacher_model, path=path)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = teacher.dtype if teacher.dtype != "auto" else ("bfloat16" if device == "cuda" else "float32")
-    engine = EmbeddedEngine.from_pretrained(
-        path, name="teacher", dtype=dtype, device=device, max_logprobs=max(20, teacher.top_k)
-    )
-    return Endpoint(transport=AsgiTransport(engine.app), model="teacher", path=path, engine=engine)
-
-
-def _api_key(variable: str | None) -> str | None:
-    if variable is None:
-        return None
-    key = os.environ.get(variable)
-    if not key:
-        raise BuildError(f"api_key_env: the environment variable {variable} is not set")
-    return key
+async def served_context(endpoint: Endpoint) -> int | None:
+    """Tokens of context that a server says its model has; None where it does not say."""
+    cards = (await endpoint.transport.get_json("/v1/models", timeout_s=30.0)).get("data", [])
+    return next((card.get("max_model_len") for card in cards if card.get("max_model_len")), None)
 
 
 def metadata_of(parts: Parts) -> dict[str, Any]:

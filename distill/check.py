@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import json
 import sys
+import tempfile
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -310,11 +311,13 @@ def main(argv: list[str] | None = None) -> int:
     async def ask() -> None:
         from distill.build import build
 
-        parts = build(loaded.config, console)
-        try:
-            findings.extend(await check_parts(parts, lambda: parts.publisher.publish(parts.student, version=0)))
-        finally:
-            await parts.aclose()
+        with tempfile.TemporaryDirectory(prefix="distill-check-") as folder:
+            parts = build(loaded.config, console, Path(folder))
+            try:
+                await parts.start(console)
+                findings.extend(await check_parts(parts, lambda: parts.publish(0)))
+            finally:
+                await parts.aclose()
 
     code = guarded(lambda: asyncio.run(ask()))
     if arguments.json:

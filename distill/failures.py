@@ -13,6 +13,7 @@ EXIT_DATA = 4
 EXIT_SERVER = 5
 EXIT_NUMERIC = 6
 EXIT_STORAGE = 7
+EXIT_OUTAGE = 8
 EXIT_INTERRUPT = 130
 
 
@@ -30,8 +31,11 @@ def exit_code_of(error: BaseException) -> int | None:
     from distill.check import CheckFailed
     from distill.checkpoint import CheckpointError
     from distill.config_load import ConfigError
+    from distill.endpoints import EndpointError
     from distill.publish import PublishError
     from distill.rundir import RunDirError
+    from distill.serving.fleet import ServerLost
+    from distill.serving.vllm import LaunchError
     from distill.step import TooManyDropped
     from distill.student import NumericError
     from distill.types import TeacherError
@@ -40,10 +44,11 @@ def exit_code_of(error: BaseException) -> int | None:
     from tools.pages import PageStoreError
 
     codes: list[tuple[tuple[type[BaseException], ...], int]] = [
-        ((ConfigError, BuildError, RegistryError, RendererError), EXIT_USAGE),
+        ((ConfigError, BuildError, EndpointError, RegistryError, RendererError), EXIT_USAGE),
         ((CheckFailed,), EXIT_CHECK),
         ((TaskError, PageStoreError), EXIT_DATA),
-        ((TooManyDropped, TransportError, ScoringError, PolicyError, TeacherError), EXIT_SERVER),
+        ((ServerLost,), EXIT_OUTAGE),
+        ((LaunchError, TooManyDropped, TransportError, ScoringError, PolicyError, TeacherError), EXIT_SERVER),
         ((NumericError, PublishError), EXIT_NUMERIC),
         ((RunDirError, CheckpointError, OSError), EXIT_STORAGE),
         ((Interrupted, KeyboardInterrupt), EXIT_INTERRUPT),

@@ -1,18 +1,26 @@
-"""Weights from the trainer to the student's server, and the proof that they arrived.
+"""Weights from the trainer to the student's servers, and the proof that they arrived.
 
-After every publication a fixed token sequence, the canary, is scored by the server and by the trainer. If the two
+After every publication a fixed token sequence, the canary, is scored by each server and by the trainer. If the two
 disagree, the server samples from something that is not the student, and the run stops.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+import asyncio
+import shutil
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
 
 from agent_loop.scoring import ScoringError, prompt_logprobs
-from agent_loop.transport import Transport
+from agent_loop.transport import Transport, TransportError
 from distill.serving.embedded import EmbeddedEngine
+from distill.serving.fleet import Fleet, Replica
 from distill.student import Student
+
+CONTROL_S = 600.0
+"""For one control call: reading tens of gigabytes takes minutes."""
 
 
 class PublishError(Exception):
@@ -20,47 +28,210 @@ class PublishError(Exception):
 
 
 class Publisher(Protocol):
-    async def publish(self, student: Student, version: int) -> None:
-        """Make the server sample from the student's present weights, as `version`. Returns when every later
-        request is answered by them."""
+    model: str
+    """The name under which the servers serve the student now."""
+
+    async def publish(self, student: Student, version: int) -> float:
+        """Make every server sample from the student's present weights, as `version`. Returns when every later request
+        is answered by them.
+
+        Returns:
+            The canary's largest difference between server and trainer, in nats.
+
+        Raises:
+            PublishError: a server does not take the weights, or serves others.
+        """
         ...
+
+    async def aclose(self) -> None:
+        """Remove what was published."""
+        ...
+
+
+class Canary:
+    """A fixed token sequence and what the trainer says of it.
+
+    Args:
+        ids: at least two tokens.
+        tolerance: largest difference of a log-probability that is still agreement, in nats. float32 against float32
+            is below 1e-3; bfloat16 kernels differ by up to 0.5 on single tokens (docs/serving.md).
+    """
+
+    def __init__(self, ids: Sequence[int], tolerance: float) -> None:
+        self._ids = list(ids)
+        self._tolerance = tolerance
+        self._expected: list[float | None] = []
+
+    async def measure(self, student: Student) -> None:
+        """Take the trainer's numbers, from the weights that are about to be published."""
+        self._expected = await asyncio.to_thread(student.logprobs, self._ids)
+
+    async def verify(self, transport: Transport, model: str) -> float:
+        """Compare a server's numbers with the trainer's.
+
+        Returns:
+            The largest absolute difference, in nats.
+
+        Raises:
+            PublishError: if it is above the tolerance, or the server gives no score.
+        """
+        try:
+            served = (await prompt_logprobs(transport, model, self._ids, top_k=0, timeout_s=CONTROL_S)).logprobs
+        except ScoringError as error:
+            if isinstance(error.__cause__, TransportError) and error.kind == "unavailable":
+                raise error.__cause__ from None  # it is gone: whoever looks after it has to know that
+            raise PublishError(f"the student's server did not score the canary after an update: {error}") from error
+        pairs = zip(served[1:], self._expected[1:], strict=True)
+        worst = max(abs(a - b) for a, b in pairs if a is not None and b is not None)
+        if not worst <= self._tolerance:
+            raise PublishError(
+                f"after an update the student's server and the trainer disagree by {worst:.3g} nats on a fixed "
+                f"sequence (allowed: {self._tolerance:g}). The server has other weights; nothing more is sampled there."
+            )
+        return worst
 
 
 class EmbeddedPublisher:
     """Hands the weights to an engine in this process."""
 
-    def __init__(self, engine: EmbeddedEngine) -> None:
+    def __init__(self, engine: EmbeddedEngine, transport: Transport, canary: Canary, *, model: str = "student") -> None:
+        self.model = model
         self._engine = engine
+        self._transport = transport
+        self._canary = canary
 
-    async def publish(self, student: Student, version: int) -> None:
+    async def publish(self, student: Student, version: int) -> float:
+        await self._canary.measure(student)
         await self._engine.load_weights(student.state_dict_for_serving(), version)
+        return await self._canary.verify(self._transport, self.model)
+
+    async def aclose(self) -> None:
+        """Nothing was written."""
 
 
-async def verify_canary(
-    transport: Transport, model: str, student: Student, canary: Sequence[int], *, tolerance: float
-) -> float:
-    """Score the canary by server and trainer.
+class DiskPublisher:
+    """Writes each version into a new folder, from which every vLLM server reads it: whole weights, or a LoRA adapter.
+
+    Nothing is overwritten in place: a server may still read the folder of the version before (vLLM issue 32718).
 
     Args:
-        canary: token ids, at least two.
-        tolerance: largest difference of a log-probability that is still agreement, in nats. float32 against float32
-            is below 1e-4; bfloat16 kernels differ by up to 0.5 on single tokens (docs/serving.md).
-
-    Returns:
-        The largest absolute difference, in nats.
-
-    Raises:
-        PublishError: if it is above `tolerance`, or the server gives no score.
+        fleet: the student's servers. A server that comes back gets the present version before it is used.
+        folder: readable by the servers under the same path.
+        base_model: the name under which the servers know the model that they were started with.
+        lora: publish the adapter, under a new name each version, instead of the whole weights.
     """
+
+    def __init__(self, fleet: Fleet, folder: Path, base_model: str, canary: Canary, *, lora: bool) -> None:
+        self.model = base_model
+        self._fleet = fleet
+        self._folder = folder
+        self._canary = canary
+        self._lora = lora
+        self._version = 0
+        self._path: Path | None = None
+        self._loaded: dict[str, str] = {}
+        self._run = uuid.uuid4().hex[:8]
+        self._lock = asyncio.Lock()
+        fleet.on_return = self.push_to
+
+    async def publish(self, student: Student, version: int) -> float:
+        async with self._lock:
+            await self._canary.measure(student)
+            old, path = self._path, self._folder / f"v{version:06}-{uuid.uuid4().hex[:8]}"
+            await asyncio.to_thread(self._write, student, path)
+            self._path, self._version = path, version
+            if self._lora:
+                # The name is new in each run too: a given server may still have the adapters of an earlier one.
+                self.model = f"student-{self._run}-v{version:06}"
+        differences = await self._fleet.each(self._push_or_leave)
+        if old is not None:
+            await asyncio.to_thread(shutil.rmtree, old, ignore_errors=True)
+        found = [difference for difference in differences if difference is not None]
+        # None: the server died meanwhile, and gets the version when it is back.
+        return max(found) if found else max(await self._fleet.each(self._verify))
+
+    async def push_to(self, replica: Replica) -> None:
+        """Give a server that came back the present version, and verify it."""
+        async with self._lock:
+            if self._path is not None:
+                self._loaded.pop(replica.name, None)
+                await self._push(replica)
+
+    async def aclose(self) -> None:
+        if self._path is not None:
+            await asyncio.to_thread(shutil.rmtree, self._path, ignore_errors=True)
+
+    async def _push_or_leave(self, replica: Replica) -> float | None:
+        try:
+            return await self._push(replica)
+        except TransportError as error:
+            if error.kind != "unavailable":
+                raise PublishError(f"{replica.name} did not take version {self._version}: {error}") from error
+            await self._fleet.doubt(replica, str(error))
+            return None
+
+    async def _verify(self, replica: Replica) -> float:
+        return await self._canary.verify(replica.transport, self.model)
+
+    async def _push(self, replica: Replica) -> float:
+        control = Control(replica.transport)
+        if self._lora:
+            await self._load_adapter(control, replica.name)
+        else:
+            await reload_weights(control, str(self._path), self._version)
+        return await self._canary.verify(replica.transport, self.model)
+
+    async def _load_adapter(self, control: Control, name: str) -> None:
+        """New name, new path; never `load_inplace`, which vLLM keeps and reads from disk at every step."""
+        await control.post("/v1/load_lora_adapter", {"lora_name": self.model, "lora_path": str(self._path)})
+        old = self._loaded.get(name)
+        self._loaded[name] = self.model
+        if old is not None and old != self.model:
+            await control.post("/v1/unload_lora_adapter", {"lora_name": old})
+
+    def _write(self, student: Student, path: Path) -> None:
+        """All or nothing: a folder is there under its name only when it is complete."""
+        unfinished = path.with_name(f".{path.name}")
+        unfinished.mkdir(parents=True)
+        if self._lora:
+            student.save_adapter(unfinished)
+        else:
+            student.save_weights(unfinished)
+        unfinished.rename(path)
+
+
+class Control:
+    """Calls that control a vLLM server. Their replies are not always JSON objects: only the status counts."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    async def post(self, path: str, payload: Mapping[str, Any]) -> None:
+        """
+        Raises:
+            TransportError: `unavailable` where the server is gone.
+            PublishError: it refuses.
+        """
+        try:
+            await self._transport.post_json(path, payload, timeout_s=CONTROL_S)
+        except TransportError as error:
+            if error.kind == "unavailable":
+                raise
+            if error.kind == "protocol" and error.status == 200:  # load_lora_adapter answers in plain words
+                return
+            raise PublishError(
+                f"the student's server refuses to be controlled: {error}. Full weights need VLLM_SERVER_DEV_MODE=1, "
+                "LoRA needs VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and --enable-lora (docs/serving.md)"
+            ) from error
+
+
+async def reload_weights(control: Control, path: str, version: int) -> None:
+    """Whole weights from a folder, as vLLM 0.32 takes them: running requests are kept, their cache is computed again
+    under the new weights, and each of their tokens knows its version."""
+    await control.post("/pause?mode=keep&clear_cache=true", {})
     try:
-        served = (await prompt_logprobs(transport, model, list(canary), top_k=0, timeout_s=120.0)).logprobs
-    except ScoringError as error:
-        raise PublishError(f"the student's server did not score the canary after an update: {error}") from error
-    trained = student.logprobs(canary)
-    worst = max(abs(a - b) for a, b in zip(served[1:], trained[1:], strict=True) if a is not None and b is not None)
-    if not worst <= tolerance:
-        raise PublishError(
-            f"after an update the student's server and the trainer disagree by {worst:.3g} nats on a fixed sequence "
-            f"(allowed: {tolerance:g}). The server still has other weights; nothing more is sampled from it."
-        )
-    return worst
+        await control.post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": path}})
+        await control.post("/collective_rpc", {"method": "distill_repack_head"})
+        await control.post("/update_weight_version", {"new_version": str(version)})
+    finally:
+        await control.post("/resume", {})

@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 
 async def train(parts: Parts, run: RunDir, console: Console, checkpoint: Checkpoint | None) -> None:
     """The run: check, evaluate, then `steps` times tasks -> episodes -> scores -> update -> publish -> record."""
-    from distill.checkpoint import save_checkpoint
-    from distill.publish import verify_canary
+    from distill.serving.fleet import ServerLost
     from distill.step import collect
     from distill.tasks import TaskSource
 
@@ -34,58 +33,73 @@ async def train(parts: Parts, run: RunDir, console: Console, checkpoint: Checkpo
     stop = StopFlag()
     first = checkpoint.step if checkpoint else 0
     source = TaskSource(parts.train_tasks, seed=config.seed, cursor=checkpoint.cursor if checkpoint else 0)
-    await parts.publisher.publish(parts.student, version=first)
-    await preflight(parts, console)
-    if first == 0 and config.eval.at_start:
-        await evaluate_and_record(parts, run, console, step=0)
+    saver = Saver(run, parts, step=first, cursor=source.cursor)
+    await parts.start(console)
+    await preflight(parts, console, version=first)
+    try:
+        if first == 0 and config.eval.at_start:
+            await evaluate_and_record(parts, run, console, step=0)
+        for step in range(first + 1, config.steps + 1):
+            began = time.monotonic()
+            tasks = source.take(config.rollout.batch_size)
+            episodes = len(tasks) * config.rollout.group_size
+            with console.phase(f"step {step}: episodes", episodes, announce=False) as phase:
+                scored = await parts.while_served(collect(parts, run, tasks, step, on_episode=phase.advance))
+            train_began = time.monotonic()
+            metrics = scored.metrics | await asyncio.to_thread(parts.student.train_step, scored.trainable, step=step)
+            saver.trained(step, source.cursor)
+            publish_began = time.monotonic()
+            metrics |= {"epoch": source.epoch, "time/train": publish_began - train_began}
+            try:
+                metrics["publish/canary"] = await parts.while_served(parts.publish(step))
+            finally:  # the step is made, whatever becomes of its publication
+                now = time.monotonic()
+                metrics |= {"time/publish": now - publish_began, "time/step": now - began, **outages(parts)}
+                run.append_metrics({"step": step, **metrics})
+                console.step(step, config.steps, metrics)
+            last = step == config.steps or stop.asked
+            if config.eval.every and step % config.eval.every == 0 and not last:
+                await evaluate_and_record(parts, run, console, step=step)
+            if last or step % config.checkpoint.every == 0:
+                saver.save()
+            if stop.asked and step < config.steps:
+                raise Interrupted(f"stopped after step {step}; continue with --resume {run.path}")
+        if config.eval.at_end:
+            await evaluate_and_record(parts, run, console, step=config.steps)
+    except ServerLost:
+        saver.save()
+        raise
 
-    for step in range(first + 1, config.steps + 1):
-        began = time.monotonic()
-        tasks = source.take(config.rollout.batch_size)
-        episodes = len(tasks) * config.rollout.group_size
-        with console.phase(f"step {step}: episodes", episodes, announce=False) as phase:
-            scored = await collect(parts, run, tasks, step, on_episode=phase.advance)
-        train_began = time.monotonic()
-        trained = await asyncio.to_thread(parts.student.train_step, scored.trainable, step=step)
-        publish_began = time.monotonic()
-        await parts.publisher.publish(parts.student, version=step)
-        canary = await verify_canary(
-            parts.student_endpoint.transport,
-            parts.student_endpoint.model,
-            parts.student,
-            canary_of(parts),
-            tolerance=config.check.max_canary_difference,
-        )
-        now = time.monotonic()
-        metrics = (
-            scored.metrics
-            | trained
-            | {
-                "publish/canary": canary,
-                "epoch": source.epoch,
-                "time/train": publish_began - train_began,
-                "time/publish": now - publish_began,
-                "time/step": now - began,
-            }
-        )
-        run.append_metrics({"step": step, **metrics})
-        console.step(step, config.steps, metrics)
-        last = step == config.steps or stop.asked
-        if config.eval.every and step % config.eval.every == 0 and not last:
-            await evaluate_and_record(parts, run, console, step=step)
-        if last or step % config.checkpoint.every == 0:
-            save_checkpoint(
-                run.path / "checkpoints",
-                step,
-                parts.student,
-                cursor=source.cursor,
-                keep_last=config.checkpoint.keep_last,
-            )
-        if stop.asked and step < config.steps:
-            raise Interrupted(f"stopped after step {step}; continue with --resume {run.path}")
 
-    if config.eval.at_end:
-        await evaluate_and_record(parts, run, console, step=config.steps)
+class Saver:
+    """Saves the last step that was made, once."""
+
+    def __init__(self, run: RunDir, parts: Parts, *, step: int, cursor: int) -> None:
+        self._run, self._parts = run, parts
+        self._step, self._cursor, self._saved = step, cursor, step
+
+    def trained(self, step: int, cursor: int) -> None:
+        """The student's weights are those after `step`, and the tasks before `cursor` are used."""
+        self._step, self._cursor = step, cursor
+
+    def save(self) -> None:
+        from distill.checkpoint import save_checkpoint
+
+        if self._step > self._saved:
+            keep_last = self._parts.config.checkpoint.keep_last
+            folder = self._run.path / "checkpoints"
+            save_checkpoint(folder, self._step, self._parts.student, cursor=self._cursor, keep_last=keep_last)
+            self._saved = self._step
+
+
+def outages(parts: Parts) -> dict[str, float]:
+    """Restarts and seconds without a server since the start of the run, where there are servers."""
+    if not parts.fleets:
+        return {}
+    return {
+        "servers/restarts": sum(fleet.num_restarts for fleet in parts.fleets),
+        "servers/away_s": sum(fleet.away_s for fleet in parts.fleets),
+    }
 
 
 class StopFlag:
@@ -104,21 +118,16 @@ class StopFlag:
         print("stopping after this step; once more to stop now", file=sys.stderr)
 
 
-def canary_of(parts: Parts) -> list[int]:
-    """A fixed sequence: the first task's prompt, cut to 64 tokens."""
-    messages = parts.renderer.clean(parts.train_tasks[0].messages)
-    return parts.renderer.render_prompt(messages, parts.tool_specs)[:64]
-
-
-async def preflight(parts: Parts, console: Console) -> None:
-    """The checks of `python -m distill.check`; they run by themselves before the first step.
+async def preflight(parts: Parts, console: Console, *, version: int) -> None:
+    """The checks of `python -m distill.check`; they run by themselves before the first step, and publish the student's
+    weights on their way.
 
     Raises:
         CheckFailed: with every error found.
     """
     from distill.check import CheckFailed, check_parts
 
-    findings = await check_parts(parts)
+    findings = await check_parts(parts, lambda: parts.publish(version))
     for finding in findings:
         if finding.level != "ok":
             console.say(str(finding))
@@ -126,6 +135,9 @@ async def preflight(parts: Parts, console: Console) -> None:
     if errors:
         raise CheckFailed(errors)
     console.say(f"checks: {sum(f.level == 'ok' for f in findings)} ok, {len(findings) - len(errors)} run")
+    scorer = await parts.teacher.probe()
+    if parts.teacher_endpoint.fleet is not None:
+        console.say(f"teacher scores by: {scorer}")
 
 
 async def evaluate_and_record(parts: Parts, run: RunDir, console: Console, *, step: int) -> None:
@@ -140,7 +152,8 @@ async def evaluate_and_record(parts: Parts, run: RunDir, console: Console, *, st
     for name, endpoint in endpoints:
         total = min(len(parts.eval_tasks), parts.config.eval.num_tasks) * parts.config.eval.group_size
         with console.phase(f"evaluating the {name} on held-out tasks", total) as phase:
-            count, metrics = await evaluate(parts, run, endpoint, name=name, step=step, on_episode=phase.advance)
+            played = evaluate(parts, run, endpoint, name=name, step=step, on_episode=phase.advance)
+            count, metrics = await parts.while_served(played)
         run.append_metrics({"name": name, "step": step, "episodes": count, "metrics": metrics}, file="evals.jsonl")
         success = metrics.get("reward/success")
         console.say(
@@ -176,7 +189,7 @@ async def run_training(loaded: LoadedConfig, console: Console, resume: Path | No
     parts = None
     try:
         console.say(f"run directory: {path}")
-        parts = build(config, console)
+        parts = build(config, console, path)
         run.note(**metadata_of(parts))
         checkpoint = None
         if resume:

@@ -13,7 +13,8 @@ from agent_loop.episodes import EpisodeWriter
 from agent_loop.policy import VllmPolicy
 from agent_loop.rollout import EpisodeJob, run_episodes
 from agent_loop.types import Episode, EpisodeError
-from distill.build import Endpoint, Parts
+from distill.build import Parts
+from distill.endpoints import Endpoint
 from distill.metrics import Metrics, rollout_metrics
 from distill.rundir import RunDir
 from distill.types import TeacherError
@@ -122,6 +123,7 @@ def sampling_of(parts: Parts) -> Sampling:
         temperature=rollout.temperature,
         top_p=rollout.top_p,
         top_k=rollout.top_k,
+        top_logprobs=parts.config.teacher.top_k if parts.config.loss.candidates == "student" else 0,
         max_context=parts.max_context,
     )
 
@@ -153,7 +155,8 @@ async def evaluate(
     config = parts.config
     tasks = parts.eval_tasks[: config.eval.num_tasks]
     jobs = jobs_for(tasks, group_size=config.eval.group_size, step=step, seed=config.seed + 1_000_003)
-    policy = VllmPolicy(endpoint.transport, endpoint.model)
+    is_student = endpoint is parts.student_endpoint
+    policy = parts.policy if is_student else VllmPolicy(endpoint.transport, endpoint.model)
     episodes = await run_episodes(
         jobs,
         make_env=lambda: parts.make_env(verify=True),

@@ -268,6 +268,20 @@ class Student:
             weights[name.replace(".base_layer.", ".")] = tensor
         return weights
 
+    def save_weights(self, folder: Path) -> None:
+        """Write the present full weights as a model folder that vLLM reloads from."""
+        self._causal_lm.save_pretrained(folder)
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write the present adapter in PEFT's format, which vLLM's `/v1/load_lora_adapter` reads.
+
+        Raises:
+            ValueError: the student has no adapters.
+        """
+        if not self.has_lora:
+            raise ValueError("this student is trained whole: it has no adapter to save")
+        self.model.save_pretrained(folder, save_embedding_layers=False)
+
     # --- checkpoints
 
     def save(self, folder: Path) -> None:

@@ -203,8 +203,7 @@ def _candidates(trace: TokenTrace, trained: Sequence[int], top_k: int) -> list[l
     Raises:
         TeacherError: the student's server did not say them.
     """
-    # TODO(D): TokenTrace.sampling_topk
-    topk: TopK | None = None
+    topk = trace.sampling_topk
     found = [topk.token_ids[i] if topk is not None else None for i in trained]
     rows = [ids[:top_k] for ids in found if ids is not None and len(ids) >= top_k]
     if len(rows) < len(trained):

@@ -1,0 +1,102 @@
+"""Runs one command and ends its whole process group when the run ends, however it ends.
+
+    python keeper.py COMMAND...        # standard input: a pipe whose other end the run holds
+
+The pipe closes with the run, `kill -9` included. The command's children are ended too when only the command itself was
+killed. Nothing but the standard library, so that it starts in no time and cannot fail for want of anything.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+
+GRACE_S = 10.0
+PR_SET_CHILD_SUBREAPER = 36
+
+
+def main() -> int:
+    """Returns the command's exit code as a shell would give it."""
+    if sys.platform == "linux":  # children of the command that change their group become ours when it dies
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # a terminal's Ctrl-C is for the run to decide on
+    process = subprocess.Popen(  # noqa: S603 - the command is the run's own
+        sys.argv[1:], stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_default_signals
+    )
+    while process.poll() is None:
+        ready, _, _ = select.select([0], [], [], 0.2)
+        if ready and not os.read(0, 4096):
+            break
+    end(process)
+    return process.returncode if process.returncode >= 0 else 128 - process.returncode
+
+
+def _default_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """TERM to the command and all that it started, KILL to what is left of them after `GRACE_S`."""
+    deadline = time.monotonic() + (GRACE_S if process.poll() is None else 1.0)
+    _signal(process.pid, signal.SIGTERM)
+    while time.monotonic() < deadline:
+        process.poll()
+        _reap(process.pid)
+        if not _descendants() and not _group_lives(process.pid):
+            break
+        time.sleep(0.05)
+    _signal(process.pid, signal.SIGKILL)
+    while _descendants():
+        for pid in _descendants():
+            _kill(pid)
+        process.poll()
+        _reap(process.pid)
+        time.sleep(0.02)
+    process.wait()
+
+
+def _signal(group: int, number: int) -> None:
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, number)
+
+
+def _kill(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def _group_lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _descendants() -> list[int]:
+    """Our children by now, orphans that we inherited included; empty where /proc does not say."""
+    try:
+        with open(f"/proc/self/task/{os.getpid()}/children") as file:
+            return [int(pid) for pid in file.read().split()]
+    except OSError:
+        return []
+
+
+def _reap(command: int) -> None:
+    """Collect the dead among the inherited; the command itself is left to its `Popen`."""
+    for pid in _descendants():
+        if pid != command:
+            with suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
