@@ -7,9 +7,9 @@
 
 All give the same record and hold one rule: a number that is missing, misaligned, not finite or clamped is an error.
 
-Replies are read on the event loop. Those of `fast` and `plugin` are small: base64, read in milliseconds. Those of
-`plain` are not (bench/README.md), but most of that time is `json.loads`, which holds the interpreter lock to its end:
-a thread would not free the loop.
+Replies are read on the event loop. Those of `fast` and `plugin` take milliseconds for 16,000 tokens. Those of `plain`
+take 11 ms at K = 0 and 0.35 s at K = 20, in which no rollout goes on; a thread halves that, because `json.loads` holds
+the interpreter lock, and only a process would end it (bench/README.md). The plugin ends it too, and spares the server.
 """
 
 from __future__ import annotations

@@ -43,22 +43,21 @@ VOCAB = 500
 
 
 @contextmanager
-def vllm_server(model: Path, max_model_len: int, max_logprobs: int) -> Iterator[tuple[str, int]]:
-    """A server with our plugin on this machine: its address and process id."""
+def vllm_server(model: Path, *options: str, plugin: bool = True) -> Iterator[tuple[str, int]]:
+    """A server on this machine, named `teacher`: its address and process id."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--host", "127.0.0.1"),
         *("--port", str(port), "--served-model-name", "teacher", "--enable-scale-out", "--api-key", KEY),
-        *("--max-model-len", str(max_model_len), "--max-logprobs", str(max_logprobs)),
-        *("--generation-config", "vllm", "--enforce-eager", "--disable-uvicorn-access-log"),
+        *("--generation-config", "vllm", "--enforce-eager", "--disable-uvicorn-access-log", *options),
     ]
     environment = {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": f"0-{(os.cpu_count() or 1) - 1}",
         **os.environ,
-        "VLLM_PLUGINS": "distill_score",
+        "VLLM_PLUGINS": "distill_score" if plugin else "",
         "VLLM_NO_USAGE_STATS": "1",
     }
     with tempfile.TemporaryFile("w+") as log:
@@ -283,7 +282,8 @@ def main() -> None:
     elif arguments.base_url:
         results = asyncio.run(measure_server(arguments, arguments.base_url, arguments.server_pid))
     elif arguments.model:
-        with vllm_server(arguments.model, arguments.tokens + 1, max(20, *arguments.top_k)) as (base_url, pid):
+        limits = ("--max-model-len", str(arguments.tokens + 1), "--max-logprobs", str(max(20, *arguments.top_k)))
+        with vllm_server(arguments.model, *limits) as (base_url, pid):
             results = asyncio.run(measure_server(arguments, base_url, pid))
     else:
         parser.error("one of --model, --base-url and --replies is needed")
