@@ -273,8 +273,8 @@ async def choose_scorer(
     """The best way that the server answers, found by scoring three tokens.
 
     Args:
-        top_k: what will be asked; `fast` cannot name the likeliest ids.
-        given_ids: the candidates will be given; nothing but `fast` can score those.
+        top_k: candidates a position that will be asked for; `fast` cannot name the likeliest.
+        given_ids: they will be given; nothing but `fast` can score those.
 
     Raises:
         ScoringError: the server is not there, or `given_ids` and it cannot.
@@ -287,7 +287,7 @@ async def choose_scorer(
     reason = ""
     for scorer in tried:
         rows = range(1, len(PROBE_IDS))
-        candidates = [[1, 2]] * len(rows) if given_ids else None
+        candidates = [list(range(max(1, top_k)))] * len(rows) if given_ids else None
         k = 0 if given_ids else top_k
         try:
             await scorer.score(

@@ -8,7 +8,7 @@ import pytest
 
 from agent_loop.scoring import PromptScores
 from agent_loop.transport import HttpTransport
-from agent_loop.types import Episode, Segment, SegmentSource, TokenTrace
+from agent_loop.types import Episode, Segment, SegmentSource, TokenTrace, TopK
 from distill.teacher import HttpTeacher, TokenBudget, align, with_system_prompt
 from distill.types import TeacherError
 from envs.types import StopReason, Task
@@ -183,6 +183,24 @@ async def test_the_students_candidates_need_a_teacher_that_scores_given_ids() ->
         with pytest.raises(TeacherError, match=r'loss\.candidates = "student" needs'):
             await teacher.probe()
         await teacher.aclose()
+
+
+async def test_the_teacher_scores_the_students_candidates() -> None:
+    chosen = [[12, 3, 60], [1, 2, 3], [63, 0, 14], None, [5, 16, 6]]
+    with FakeVllm("teacher", 64, scores_given_ids=True) as server:
+        teacher = HttpTeacher(HttpTransport(server.base_url), "teacher", top_k=3, candidates="student")
+        played = episode()
+        played.traces[0].sampling_topk = TopK(
+            token_ids=[None, None, *chosen], logprobs=[None, None, *([-1.0] * 3 if ids else None for ids in chosen)]
+        )
+        (score,) = await teacher.score(played)
+        await teacher.aclose()
+        states = server.invented.states(trace().token_ids)
+        assert score.topk is not None
+        assert score.topk.token_ids == [None, None, *chosen]
+        for i, (state, ids) in enumerate(zip(states[2:], chosen, strict=False)):
+            expected = [server.invented.logprob(state, token) for token in ids] if ids else None
+            assert score.topk.logprobs[2 + i] == (pytest.approx(expected, abs=1e-6) if expected else None)
 
 
 async def test_a_trace_without_the_students_candidates_is_an_error() -> None:
