@@ -120,7 +120,7 @@ class Place:
                 first_share=0 if is_student else copies["student"],
                 num_shares=sum(copies.values()),
                 max_model_len=room,
-                max_logprobs=top_k,
+                max_logprobs=top_k + 1,  # given candidates, and the sampled token in the same row
                 lora_rank=lora.rank if is_student and lora is not None else None,
                 trainable=is_student and lora is None,
                 nccl=is_student and student.weight_sync == "nccl",
