@@ -123,16 +123,12 @@ def _read_completed(reply: dict[str, Any]) -> _Sampled:
         choice = reply["choices"][0]
         logprobs = choice["logprobs"]
         names = logprobs.get("tokens") or []
-        if not isinstance(names, list) or (names and len(names) != len(choice["token_ids"])):
-            raise PolicyError(
-                f"{_size(choice['token_ids'])} token ids came with {_size(names)} names of tokens", "protocol"
-            )
         rows = logprobs.get("top_logprobs") or []
         return _Sampled(
             finish_reason=choice["finish_reason"],
             token_ids=choice["token_ids"],
             logprobs=logprobs["token_logprobs"],
-            names=[_id_of(name) for name in names],
+            names=[_id_of(name) for name in names] if isinstance(names, list) else [None],
             candidates=[{_id_of(name): value for name, value in row.items()} for row in rows],
             prompt_ids=choice.get("prompt_token_ids"),
         )
@@ -188,6 +184,10 @@ def _checked(
         raise PolicyError(f"{len(ids)} tokens came back, {params.max_tokens} were asked for", "protocol")
     if said.prompt_ids is not None and said.prompt_ids != list(prompt_ids):
         raise PolicyError("the server says that it sampled from another prompt than it was given", "protocol")
+    if said.names and len(said.names) != len(ids):
+        raise PolicyError(f"{len(ids)} token ids came with {len(said.names)} names of tokens", "protocol")
+    if said.names and len(said.names) != len(ids):
+        raise PolicyError(f"{len(ids)} token ids came with {len(said.names)} names of tokens", "protocol")
     for index, name in enumerate(said.names):
         if name is not None and name != ids[index]:
             raise PolicyError(
