@@ -14,7 +14,8 @@ from distill.findings import Finding, error, ok, warning
 
 if TYPE_CHECKING:
     from agent_loop.scoring import ScoringError
-    from distill.build import Endpoint, Parts
+    from distill.build import Parts
+    from distill.endpoints import Endpoint
 
 PROBE_TOKENS = 16
 """Sampled tokens that the numeric probes look at."""
@@ -23,14 +24,21 @@ PROPRIETARY_HOSTS = ("openai.com", "anthropic.com", "googleapis.com", "x.ai", "m
 """APIs that sample but never score given tokens; matched by suffix of the host."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+ALIKE = 1e-3
+"""Nats. Two models that score each of the probe's tokens this much alike are taken for one."""
+
+
+@dataclass(slots=True, kw_only=True)
 class Probe:
-    """One completion of the student's server, and what the three scorers say of it."""
+    """One completion of the student's server."""
 
     prompt_ids: list[int]
     token_ids: list[int]
     sampled: list[float]
     """[N] log-probabilities as the student's server reported them at sampling."""
+    scored: list[float] | None = None
+    """[N] as it scores them when they are given: by the arithmetic that a teacher's scores are made by, while decoding
+    rounds otherwise (in bfloat16 by up to half a nat)."""
 
 
 async def server(parts: Parts, endpoint: Endpoint, who: Who) -> list[Finding]:
@@ -115,11 +123,11 @@ async def student_sampling(parts: Parts, probe: list[Probe]) -> list[Finding]:
 
 async def self_score(parts: Parts, probe: Probe) -> list[Finding]:
     """Does the student, asked as a teacher, agree with itself? KL of a model to itself must be about 0."""
-    model = str(getattr(parts.publisher, "model", "") or parts.student_endpoint.model)
+    model = parts.student_endpoint.model
     worst = 0.0
     for address in addresses(parts.student_endpoint, "student"):
-        scored = await score(address, model, probe)
-        worst = max([worst, *(abs(a - b) for a, b in zip(probe.sampled, scored, strict=True))])
+        probe.scored = await score(address, model, probe)
+        worst = max([worst, *(abs(a - b) for a, b in zip(probe.sampled, probe.scored, strict=True))])
     found = f"sampled and scored log-probabilities of the same tokens differ by at most {worst:.2g} nats"
     if worst <= parts.config.check.max_self_difference:
         return [ok("self_score", found)]
@@ -168,7 +176,7 @@ async def teacher_scores(parts: Parts, probe: Probe) -> list[Finding]:
     kl = sum(s - t for s, t in zip(probe.sampled, runs[0], strict=True)) / len(probe.sampled)
     if not math.isfinite(kl):
         findings.append(error(name, f"the teacher's scores are not finite: {kl}"))
-    same = all(abs(s - t) < 1e-6 for s, t in zip(probe.sampled, runs[0], strict=True))
+    same = all(abs(s - t) < ALIKE for s, t in zip(probe.scored or probe.sampled, runs[0], strict=True))
     if same and not parts.config.teacher.system_prompt:
         findings.append(
             warning(

@@ -18,7 +18,8 @@ from agent_loop.transport import Transport, TransportError
 from distill.findings import Finding, error, ok, warning
 
 if TYPE_CHECKING:
-    from distill.build import Endpoint, Parts
+    from distill.build import Parts
+    from distill.endpoints import Endpoint
 
 Who = Literal["student", "teacher"]
 
@@ -46,11 +47,10 @@ class Address:
 
 
 def addresses(endpoint: Endpoint, who: Who) -> list[Address]:
-    """All servers behind an endpoint: the replicas of a fleet that are up, or the one."""
-    replicas = getattr(endpoint.transport, "replicas", None)
-    if replicas is None:
-        return [Address(who, endpoint.transport, str(getattr(endpoint.transport, "base_url", "")))]
-    return [Address(replica.name, replica.transport, str(replica.base_url or "")) for replica in replicas if replica.up]
+    """All servers behind an endpoint: those of a fleet that are up, or the engine in this process."""
+    if endpoint.fleet is None:
+        return [Address(who, endpoint.transport, "")]
+    return [Address(r.name, r.transport, r.base_url) for r in endpoint.fleet.replicas if r.up]
 
 
 async def has_route(transport: Transport, path: str) -> bool:
@@ -94,16 +94,16 @@ async def exposure(parts: Parts) -> list[Finding]:
     --api-key guards /v1 and /inference alone (vllm/entrypoints/serve/middleware/authenticate.py)."""
     name = "exposure"
     findings = []
-    for server in await asyncio.to_thread(outside, parts):
-        if not await has_route(server.transport, "/collective_rpc"):
+    for _, server in both_sides(parts):
+        reached_by = await asyncio.to_thread(reach, server.base_url)
+        if reached_by == "this machine" or not await has_route(server.transport, "/collective_rpc"):
             continue
-        public = any(address.is_global for address in resolve(server.base_url))
-        (finding, who) = (error, "anybody on the internet") if public else (warning, "every machine of that network")
+        finding = error if reached_by == "the internet" else warning
         findings.append(
             finding(
                 name,
-                f"{who} that reaches {server.base_url} can change {server.name}'s weights and run methods in it: "
-                "/collective_rpc answers there and takes no API key",
+                f"anybody on {reached_by} who reaches {server.base_url} can change {server.name}'s weights and run "
+                "methods in it: /collective_rpc answers there and takes no API key",
                 "start it with --host 127.0.0.1 and reach it through an SSH tunnel, or close its port to all but "
                 "the trainer",
             )
@@ -111,20 +111,17 @@ async def exposure(parts: Parts) -> list[Finding]:
     return findings or [ok(name, "no route that changes a server is open to other machines")]
 
 
-def outside(parts: Parts) -> list[Address]:
-    """Servers whose address is not of this machine's loopback alone."""
-    servers = [server for _, server in both_sides(parts) if server.base_url]
-    return [s for s in servers if not all(address.is_loopback for address in resolve(s.base_url))]
-
-
-def resolve(base_url: str) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
-    """Addresses of a URL's host; none where its name is not known, which the server's own check reports."""
+def reach(base_url: str) -> Literal["this machine", "its network", "the internet"]:
+    """Who can send packets to a URL's host, going by its addresses; a name that is not known is nobody's."""
     host = urlsplit(base_url).hostname or ""
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError:
-        return []
-    return [ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in found]
+        return "this machine"
+    known = [ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in found]
+    if any(address.is_global for address in known):
+        return "the internet"
+    return "this machine" if all(address.is_loopback for address in known) else "its network"
 
 
 def both_sides(parts: Parts) -> list[tuple[Who, Address]]:
