@@ -78,6 +78,7 @@ class HttpTransport:
         self._retry_deadline_s = retry_deadline_s
         self._max_body_bytes = max_body_bytes
         self._session: Any = None
+        self._closed = False
 
     async def post_json(
         self, path: str, payload: Mapping[str, Any], *, timeout_s: float, key: str = ""
@@ -89,6 +90,7 @@ class HttpTransport:
         return await self._request("GET", path, None, timeout_s)
 
     async def aclose(self) -> None:
+        self._closed = True
         if self._session is not None:
             await self._session.close()
             self._session = None
@@ -111,6 +113,8 @@ class HttpTransport:
     async def _once(self, method: str, url: str, body: bytes | None, timeout_s: float) -> dict[str, Any]:
         import aiohttp
 
+        if self._closed:
+            raise TransportError(f"{self._root} is not talked to any more", "unavailable")
         if self._session is None:
             # trust_env stays off: proxies of the environment have no business with a model server of one's own.
             self._session = aiohttp.ClientSession(

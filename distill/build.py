@@ -174,7 +174,7 @@ def build(config: RunConfig, console: Console, folder: Path) -> Parts:
         except ValueError as error:
             raise BuildError(f"teacher: {error}") from error
     env = make_env(config, verify=False)
-    place = Place(config=config, folder=folder)
+    place = Place(config=config, folder=folder, lora_modules=student.adapted_modules)
     student_endpoint = place.student(student, student_path, renderer)
     teacher_endpoint = place.teacher(teacher_path, renderer, student_endpoint)
     messages = renderer.clean(train_tasks[0].messages)

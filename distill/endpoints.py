@@ -41,6 +41,10 @@ class Endpoint:
     fleet: Fleet | None = None
     """Set where servers do, ours or given ones; it is the transport then."""
 
+    def away_s(self) -> float:
+        """Seconds so far in which no server of it was up: no episode's time."""
+        return self.fleet.away_s if self.fleet is not None else 0.0
+
     async def aclose(self) -> None:
         await self.transport.aclose()
         if self.engine is not None:
@@ -54,6 +58,8 @@ class Place:
     config: RunConfig
     folder: Path
     """Of the run; the servers' logs go to `logs/`."""
+    lora_modules: Sequence[str] = ()
+    """Names of the modules that the student's adapter is on."""
 
     def student(self, student: Student, path: str | Path, renderer: Renderer) -> Endpoint:
         """Where the student samples.
@@ -122,6 +128,7 @@ class Place:
                 max_model_len=room,
                 max_logprobs=top_k + 1,  # given candidates, and the sampled token in the same row
                 lora_rank=lora.rank if is_student and lora is not None else None,
+                lora_modules=self.lora_modules if is_student else (),
                 trainable=is_student and lora is None,
                 nccl=is_student and student.weight_sync == "nccl",
             ),

@@ -268,6 +268,14 @@ class Student:
             weights[name.replace(".base_layer.", ".")] = tensor
         return weights
 
+    @property
+    def adapted_modules(self) -> list[str]:
+        """Names of the modules that have an adapter; empty without LoRA."""
+        if not self.has_lora:
+            return []
+        (adapter,) = self.model.peft_config.values()
+        return sorted(adapter.target_modules)
+
     def save_weights(self, folder: Path) -> None:
         """Write the present full weights as a model folder that vLLM reloads from."""
         self._causal_lm.save_pretrained(folder)

@@ -28,6 +28,9 @@ KEEPER = Path(__file__).with_name("keeper.py")
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM 0.32 takes for --max-lora-rank (vllm/config/lora.py)."""
 LOG_LINES = 30
+CAUSE = re.compile(r"\b\w*(Error|Exception): \S")
+NOISE = re.compile(r"nanobind|leaked|skipped remainder|resource_tracker|multiprocessing/")
+"""What a dying Python of vLLM's says last, whatever it died of."""
 POLL_S = 0.2
 
 
@@ -105,8 +108,9 @@ class Server:
         """The end of its log, for an error message; what looks like the cause first."""
         with self.launch.log.open("rb") as log:
             log.seek(max(self._log_start, self.launch.log.stat().st_size - 100_000))
-            lines = [_plain(line) for line in log.read().decode(errors="replace").splitlines() if line.strip()]
-        causes = [line for line in lines if re.search(r"\b\w*(Error|Exception): \S", line)]
+            text = log.read().decode(errors="replace")
+        lines = [_plain(line) for line in text.splitlines() if line.strip() and not NOISE.search(line)]
+        causes = [line for line in lines if CAUSE.search(line) and "WARNING" not in line]
         said = "".join(f"\n  {line}" for line in [*(causes[:1] if causes else []), *lines[-LOG_LINES:]])
         return f"(log: {self.launch.log}):{said or ' (the log is empty)'}"
 
@@ -165,6 +169,7 @@ def launches(
     max_model_len: int | None = None,
     max_logprobs: int = 20,
     lora_rank: int | None = None,
+    lora_modules: Sequence[str] = (),
     trainable: bool = False,
     nccl: bool = False,
 ) -> list[Launch]:
@@ -174,50 +179,54 @@ def launches(
         first_share: number of this table's first server among all servers of the run; on a CPU it decides the cores.
         num_shares: servers of the run.
         lora_rank: serve adapters of at most this rank.
+        lora_modules: what they adapt. Without the list vLLM 0.32 wraps the output head too, and a prompt that is scored
+            beside adapted requests kills it on a CPU (lora/punica_wrapper/punica_cpu.py, add_lora_logits).
         trainable: full weights will be reloaded; opens vLLM's development routes, on loopback.
     """
     python = server.python or sys.executable
-    options: dict[str, str | None] = {
-        "--model": str(model),
-        "--served-model-name": role,
-        "--host": "127.0.0.1",
-        "--port": "{port}",
-        "--dtype": server.dtype,
-        "--generation-config": "vllm",
-        "--logprobs-mode": "processed_logprobs",
-        "--max-logprobs": str(max(20, max_logprobs)),
-        "--enable-scale-out": None,
-        "--enable-prompt-tokens-details": None,
+    options: dict[str, list[str]] = {
+        "--model": [str(model)],
+        "--served-model-name": [role],
+        "--host": ["127.0.0.1"],
+        "--port": ["{port}"],
+        "--dtype": [server.dtype],
+        "--generation-config": ["vllm"],
+        "--logprobs-mode": ["processed_logprobs"],
+        "--max-logprobs": [str(max(20, max_logprobs))],
+        "--enable-scale-out": [],
+        "--enable-prompt-tokens-details": [],
     }
     environment = {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
-        "VLLM_PLUGINS": "distill_score",
+        "VLLM_PLUGINS": ",".join(filter(None, [os.environ.get("VLLM_PLUGINS"), "distill_score"])),
     }
     if max_model_len is not None:
-        options["--max-model-len"] = str(max_model_len)
+        options["--max-model-len"] = [str(max_model_len)]
     if server.tensor_parallel > 1:
-        options["--tensor-parallel-size"] = str(server.tensor_parallel)
+        options["--tensor-parallel-size"] = [str(server.tensor_parallel)]
     if lora_rank is not None:
-        options |= {"--enable-lora": None, "--max-loras": "2", "--max-lora-rank": str(_allowed_rank(lora_rank))}
+        options |= {"--enable-lora": [], "--max-loras": ["2"], "--max-lora-rank": [str(_allowed_rank(lora_rank))]}
+        if lora_modules:
+            options["--lora-target-modules"] = sorted(lora_modules)
         environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
     if trainable:
         environment["VLLM_SERVER_DEV_MODE"] = "1"
-        options["--worker-extension-cls"] = "distill.serving.vllm_worker.WorkerExtension"
+        options["--worker-extension-cls"] = ["distill.serving.vllm_worker.WorkerExtension"]
     if nccl:
-        options["--weight-transfer-config"] = '{"backend": "nccl"}'
+        options["--weight-transfer-config"] = ['{"backend": "nccl"}']
     found = []
     for copy in range(server.data_parallel):
         own, own_environment = dict(options), dict(environment)
         if machine.has_gpu:
-            own["--gpu-memory-utilization"] = f"{server.memory:g}"
+            own["--gpu-memory-utilization"] = [f"{server.memory:g}"]
             if server.gpus:
                 gpus = server.gpus[copy * server.tensor_parallel : (copy + 1) * server.tensor_parallel]
                 own_environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
         else:
             cores = machine.share(first_share + copy, num_shares)
-            own["--enforce-eager"] = None
+            own["--enforce-eager"] = []
             own_environment |= {
                 "VLLM_CPU_KVCACHE_SPACE": str(server.cpu_cache_gib),
                 "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
@@ -235,10 +244,10 @@ def launches(
     return found
 
 
-def _arguments(ours: Mapping[str, str | None], theirs: Sequence[str]) -> list[str]:
+def _arguments(ours: Mapping[str, Sequence[str]], theirs: Sequence[str]) -> list[str]:
     """Ours, without those that the user gives too, then the user's."""
     given = {arg.split("=", 1)[0].replace("--no-", "--", 1) for arg in theirs if arg.startswith("--")}
-    kept = [part for name, value in ours.items() if name not in given for part in (name, value) if part is not None]
+    kept = [part for name, values in ours.items() if name not in given for part in (name, *values)]
     return [*kept, *theirs]
 
 
