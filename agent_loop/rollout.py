@@ -29,6 +29,14 @@ Boundary = Literal["student", "env", "tool", "renderer"]
 MAX_MESSAGE_CHARS = 2000
 CLOSE_S = 30.0
 """How long an environment may take to close."""
+LOOK_S = 0.05
+"""The shortest time between two looks at an episode's clock."""
+
+
+def never_away() -> float:
+    """The `away_s` of a server whose outages count against the episodes."""
+    return 0.0
+
 
 _LOG = logging.getLogger(__name__)
 
@@ -84,11 +92,17 @@ def boundary(name: Boundary) -> Iterator[None]:
 # One episode
 
 
-async def run_episode(job: EpisodeJob, env: ToolEnv, actor: Actor) -> Episode:
+async def run_episode(
+    job: EpisodeJob, env: ToolEnv, actor: Actor, *, away_s: Callable[[], float] = never_away
+) -> Episode:
     """Play one episode to its end, and grade it where verification is on.
 
     Never raises for what a model, a tool or an environment did. `Limits.timeout_s` cancels whatever is being waited
     for; code that blocks the event loop cannot be cancelled.
+
+    Args:
+        away_s: seconds so far in which the model could not be had (`Fleet.away_s`); the episode's clock stands still
+            meanwhile.
     """
     began = time.monotonic()
     episode = Episode(
@@ -96,8 +110,9 @@ async def run_episode(job: EpisodeJob, env: ToolEnv, actor: Actor) -> Episode:
     )
     try:
         try:
-            async with asyncio.timeout(env.limits.timeout_s):
-                episode.stop_reason = await _play(job, env, actor, episode)
+            async with asyncio.timeout(None) as timeout:
+                with _clock(timeout, env.limits.timeout_s, away_s):
+                    episode.stop_reason = await _play(job, env, actor, episode)
         except OutOfTokens as out:
             episode.stop_reason = out.reason
         except TimeoutError:
@@ -109,6 +124,28 @@ async def run_episode(job: EpisodeJob, env: ToolEnv, actor: Actor) -> Episode:
         episode.error = failure.record()
     _finish(episode, actor, time.monotonic() - began)
     return episode
+
+
+@contextmanager
+def _clock(timeout: asyncio.Timeout, limit_s: float, away_s: Callable[[], float]) -> Iterator[None]:
+    """Let `timeout` expire after `limit_s` by a clock that stands still while the model is away."""
+    loop = asyncio.get_running_loop()
+    began = loop.time() - away_s()
+    handle: asyncio.TimerHandle | None = None
+
+    def look() -> None:
+        nonlocal handle
+        left = limit_s - (loop.time() - away_s() - began)
+        if left > 0:
+            handle = loop.call_later(max(left, LOOK_S), look)
+        else:
+            timeout.reschedule(loop.time())
+
+    handle = loop.call_later(limit_s, look)
+    try:
+        yield
+    finally:
+        handle.cancel()
 
 
 async def _play(job: EpisodeJob, env: ToolEnv, actor: Actor, episode: Episode) -> StopReason:
@@ -190,6 +227,7 @@ async def run_episodes(
     make_actor: Callable[[], Actor],
     max_concurrent: int,
     on_episode: Callable[[Episode], None] = lambda _: None,
+    away_s: Callable[[], float] = never_away,
 ) -> list[Episode]:
     """Play many episodes, at most `max_concurrent` at once; each has an environment and an actor of its own.
 
@@ -197,6 +235,7 @@ async def run_episodes(
 
     Args:
         on_episode: called as soon as an episode ends, in the order of the endings.
+        away_s: see `run_episode`.
 
     Returns:
         The episodes in the order of the jobs.
@@ -218,7 +257,7 @@ async def run_episodes(
         try:
             for index, job in queue:
                 env = make_env() if env is None else env
-                done[index] = episode = await run_episode(job, env, make_actor())
+                done[index] = episode = await run_episode(job, env, make_actor(), away_s=away_s)
                 if episode.stop_reason in (StopReason.ERROR, StopReason.TIMEOUT):
                     broken, env = env, None
                     await _close(broken)

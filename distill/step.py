@@ -90,6 +90,7 @@ async def collect(
         make_actor=lambda: TokenActor(parts.renderer, parts.policy, sampling_of(parts)),
         max_concurrent=config.rollout.max_concurrent,
         on_episode=ended,
+        away_s=parts.student_endpoint.away_s,
     )
     played_s = time.monotonic() - began
     await asyncio.gather(*scoring)
@@ -163,6 +164,7 @@ async def evaluate(
         make_actor=lambda: TokenActor(parts.renderer, policy, sampling_of(parts)),
         max_concurrent=config.rollout.max_concurrent,
         on_episode=lambda _: on_episode(),
+        away_s=endpoint.away_s,
     )
     kind = "eval" if name == "student" else f"eval_{name}"
     writer = EpisodeWriter(run.episodes_file(step, kind=kind))

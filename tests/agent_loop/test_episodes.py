@@ -48,6 +48,12 @@ def trace(length: int = 6, *, scored: bool = True) -> TokenTrace:
         )
         if scored
         else None,
+        policy_versions=[None, None, 3] + [4] * (length - 3) if scored else None,
+        sampling_topk=TopK(
+            token_ids=[None, None] + [[7]] * (length - 2), logprobs=[None, None] + [[-0.25]] * (length - 2)
+        )
+        if scored
+        else None,
     )
 
 
@@ -286,3 +292,12 @@ def test_32_thousand_tokens_are_encoded_in_time() -> None:
         json.dumps(episode_to_json(long), allow_nan=False, separators=(",", ":"))
         times.append(time.process_time() - began)
     assert min(times) < 0.1  # 29 ms on an idle core
+
+
+def test_a_file_of_before_versions_were_kept_for_each_token() -> None:
+    value = episode_to_json(episode())
+    for old in value["traces"]:
+        del old["policy_versions"], old["sampling_topk"]
+    read = episode_from_json(json.loads(json.dumps(value)))
+    assert [(t.policy_versions, t.sampling_topk) for t in read.traces] == [(None, None)] * len(read.traces)
+    assert read.policy_version == episode().policy_version

@@ -35,9 +35,13 @@ class Canned:
     def __init__(self, reply: dict[str, Any]) -> None:
         self.reply = reply
         self.asked: list[tuple[str, Mapping[str, Any]]] = []
+        self.keys: list[str] = []
 
-    async def post_json(self, path: str, payload: Mapping[str, Any], *, timeout_s: float) -> dict[str, Any]:
+    async def post_json(
+        self, path: str, payload: Mapping[str, Any], *, timeout_s: float, key: str = ""
+    ) -> dict[str, Any]:
         self.asked.append((path, payload))
+        self.keys.append(key)
         return self.reply
 
     async def get_json(self, path: str, *, timeout_s: float) -> dict[str, Any]:
@@ -61,7 +65,8 @@ def changed(**parts: Any) -> dict[str, Any]:
 async def test_what_is_asked_and_what_is_read() -> None:
     transport = Canned(GOOD)
     params = SamplingParams(max_tokens=2, temperature=0.7, top_p=0.9, top_k=5, stop_token_ids=(9,), seed=3)
-    completion = await VllmPolicy(transport, "m").sample(PROMPT, params)
+    completion = await VllmPolicy(transport, "m").sample(PROMPT, params, key="0/a/0")
+    assert transport.keys == ["0/a/0"]
     [(path, payload)] = transport.asked
     assert path == "/v1/completions"
     assert payload["prompt"] == PROMPT
@@ -78,6 +83,135 @@ async def test_what_is_asked_and_what_is_read() -> None:
     assert completion.finish_reason == "stop"
     assert completion.policy_version == 4
     assert completion.num_cached_tokens == 2
+
+
+GENERATED: dict[str, Any] = {
+    "prompt_token_ids": PROMPT,
+    "choices": [
+        {
+            "token_ids": [8, 9, 9],
+            "finish_reason": "length",
+            "weight_versions": [{"version": "11", "start": 0, "end": 2}, {"version": "12", "start": 2, "end": 3}],
+            "logprobs": {
+                "content": [
+                    {"token_id": i, "logprob": -0.5, "top_logprobs": [{"token_id": k, "logprob": -k / 8} for k in top]}
+                    for i, top in ((8, (8, 5, 4)), (9, (9, 4, 5)), (9, (5, 4)))
+                ]
+            },
+        }
+    ],
+    "usage": {"prompt_tokens_details": {"cached_tokens": 0}},
+}
+
+
+def generated(**parts: Any) -> dict[str, Any]:
+    """GENERATED with parts of its choice replaced."""
+    reply = copy.deepcopy(GENERATED)
+    reply["choices"][0].update(parts)
+    return reply
+
+
+async def test_generate_says_of_each_token_which_weights_sampled_it() -> None:
+    transport = Canned(GENERATED)
+    policy = VllmPolicy(transport, "m", api="generate")
+    policy.model = "student-v000011"
+    completion = await policy.sample(PROMPT, SamplingParams(max_tokens=3, stop_token_ids=(9,), seed=3), key="0/a/0")
+    [(path, payload)] = transport.asked
+    assert (path, payload["model"], transport.keys) == ("/inference/v1/generate", "student-v000011", ["0/a/0"])
+    assert payload["token_ids"] == PROMPT
+    assert payload["sampling_params"] == {
+        "max_tokens": 3,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "stop_token_ids": [9],
+        "seed": 3,
+        "logprobs": 0,
+        "detokenize": False,
+    }
+    assert completion.token_ids == (8, 9, 9)
+    assert completion.token_versions == (11, 11, 12)
+    assert completion.policy_version == 11, "the oldest"
+    assert completion.topk == ()
+
+
+@pytest.mark.parametrize(("known", "expected"), [(None, (None, None, 12)), (10, (10, 10, 12))])
+async def test_a_label_that_is_no_number_is_what_the_publisher_says(known: int | None, expected: tuple[Any]) -> None:
+    spans = [{"version": "default", "start": 0, "end": 2}, {"version": "12", "start": 2, "end": 3}]
+    policy = VllmPolicy(Canned(generated(weight_versions=spans)), "m", api="generate")
+    policy.policy_version = known
+    completion = await policy.sample(PROMPT, SamplingParams(max_tokens=3))
+    assert completion.token_versions == expected
+    assert completion.policy_version == (known or 12)
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        ({"choices": [{"token_ids": [8]}]}, "lacks 'logprobs'"),
+        (generated(weight_versions=[{"version": "1", "start": 1, "end": 3}]), "hole at token 0"),
+        (
+            generated(weight_versions=[{"version": "1", "start": 0, "end": 2}]),
+            "came with 2 weight versions",
+        ),
+        (generated(weight_versions=[{"version": "1", "start": 0}]), "lacks 'end'"),
+        (generated(weight_versions=7), "int"),
+        (generated(token_ids=[8, 9, 7]), "token 2 has id 7 but its log-probability is of token_id:9"),
+        (generated(token_ids=[8, 9]), "2 token ids came with 3 log-probabilities"),
+        (generated(logprobs=None), "NoneType"),
+    ],
+)
+async def test_a_generated_reply_that_contradicts_itself(reply: dict[str, Any], message: str) -> None:
+    with pytest.raises(PolicyError, match=message) as caught:
+        await VllmPolicy(Canned(reply), "m", api="generate").sample(PROMPT, SamplingParams(max_tokens=3))
+    assert caught.value.kind == "protocol"
+
+
+async def test_candidates_best_first_on_both_routes() -> None:
+    rows = [{"token_id:5": -2.0, "token_id:8": -0.5, "token_id:4": -1.0}, {"token_id:4": 5e-5, "token_id:9": -9.0}]
+    completed = VllmPolicy(Canned(changed(logprobs__top_logprobs=rows)), "m")
+    completion = await completed.sample(PROMPT, SamplingParams(max_tokens=2, top_logprobs=2))
+    assert completion.topk == (((8, -0.5), (4, -1.0)), ((4, 0.0), (9, -9.0)))
+    policy = VllmPolicy(Canned(GENERATED), "m", api="generate")
+    completion = await policy.sample(PROMPT, SamplingParams(max_tokens=3, top_logprobs=2))
+    assert completion.topk == (((4, -0.5), (5, -0.625)),) * 3
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            [{"token_id:5": -2.0}, {"token_id:5": -2.0, "token_id:6": -3.0}],
+            "1 of 2 candidates came",
+        ),
+        ([{"token_id:5": -2.0, "token_id:6": -3.0}], "2 token ids came with candidates for 1"),
+        ([{"w5": -2.0, "w6": -3.0}] * 2, "not log-probabilities by id"),
+        ([{"token_id:5": math.nan, "token_id:6": -3.0}] * 2, "not log-probabilities by id"),
+        (None, "2 token ids came with candidates for 0"),
+    ],
+)
+async def test_candidates_that_are_none(rows: Any, message: str) -> None:
+    policy = VllmPolicy(Canned(changed(logprobs__top_logprobs=rows)), "m")
+    with pytest.raises(PolicyError, match=message):
+        await policy.sample(PROMPT, SamplingParams(max_tokens=2, top_logprobs=2))
+
+
+@pytest.mark.parametrize("generates", [True, False])
+async def test_the_probe_takes_generate_where_it_is(generates: bool) -> None:
+    with FakeVllm("m", 64, generates=generates, weight_version=3) as server:
+        policy = VllmPolicy(HttpTransport(server.base_url), "m")
+        assert await policy.probe() == policy.api == ("generate" if generates else "completions")
+        completion = await policy.sample(PROMPT, SamplingParams(max_tokens=4, seed=0))
+        await policy.aclose()
+    assert completion.policy_version == 3
+    assert completion.token_versions == ((3,) * len(completion.token_ids) if generates else ())
+
+
+async def test_the_probe_of_a_server_that_is_not_there() -> None:
+    policy = VllmPolicy(HttpTransport("http://127.0.0.1:9/v1", retry_deadline_s=0.1), "m")
+    with pytest.raises(PolicyError, match="cannot be reached"):
+        await policy.probe()
+    await policy.aclose()
 
 
 async def test_no_seed_is_not_sent() -> None:

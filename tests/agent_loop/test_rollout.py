@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -308,6 +310,47 @@ async def test_a_hanging_server_is_left_in_time(tiny: Renderer) -> None:
             episodes.append(await run_episode(job, env, TokenActor(tiny, policy)))
         await policy.aclose()
     assert [e.stop_reason for e in episodes] == [StopReason.MAX_TURN_TOKENS, StopReason.TIMEOUT]
+
+
+async def test_the_clock_stands_still_while_no_server_is_there(tiny: Renderer) -> None:
+    """A server goes away for longer than an episode may take, and comes back at the same address."""
+    from distill.serving.fleet import Fleet
+
+    with FakeVllm("m", tiny.vocab_size) as server:
+        fleet = Fleet.given("student", [server.base_url], None, max_outage_s=60)
+        await fleet.start()
+    limits = Limits(timeout_s=4.0, max_turn_tokens=5, termination_policy="max_turns")
+    policy = VllmPolicy(fleet, "m")
+
+    def play(sample: int, **clock: Any) -> asyncio.Task[Episode]:
+        job = EpisodeJob(task=TASK, sample_index=sample)
+        return asyncio.create_task(run_episode(job, Adding(limits=limits), TokenActor(tiny, policy), **clock))
+
+    waits, gives_up = play(0, away_s=lambda: fleet.away_s), play(1)
+    assert (await gives_up).stop_reason is StopReason.TIMEOUT
+    await asyncio.sleep(1.5)
+    assert not waits.done()
+    with FakeVllm("m", tiny.vocab_size, port=int(urlsplit(server.base_url).port or 0)):
+        episode = await waits
+    await fleet.aclose()
+    assert episode.stop_reason is StopReason.MAX_TURN_TOKENS
+    assert episode.timing["total"] > limits.timeout_s
+    assert fleet.away_s > episode.timing["total"] - limits.timeout_s
+
+
+async def test_a_model_that_hangs_between_outages_is_left_in_time(tiny: Renderer) -> None:
+    """An outage that was over before does not give the episode more time than it lasted."""
+    began = time.monotonic()
+
+    def away_s() -> float:
+        return 100.0 + min(time.monotonic() - began, 0.3)
+
+    env = Faulty("step:hang", limits=Limits(timeout_s=0.2))
+    async with asyncio.timeout(5):
+        actor = TokenActor(tiny, script(tiny, CALL))
+        episode = await run_episode(EpisodeJob(task=TASK), env, actor, away_s=away_s)
+    assert episode.stop_reason is StopReason.TIMEOUT
+    assert 0.45 < episode.timing["total"] < 2.0
 
 
 @pytest.mark.parametrize(

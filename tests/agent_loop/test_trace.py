@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from agent_loop.trace import TraceBuilder
-from agent_loop.types import Completion, SegmentSource
+from agent_loop.types import Completion, SegmentSource, TopK
 
 
 def completion(*ids: int, logprob: float = -0.5) -> Completion:
@@ -54,6 +56,36 @@ def test_a_fork_opens_a_trace_of_its_own() -> None:
     builder.add_completion(completion(3), turn=1)
     assert [trace.token_ids for trace in builder.traces()] == [[1, 2], [1, 9, 3]]
     assert len(builder.traces()) == 2, "reading the traces changes nothing"
+
+
+def test_versions_and_candidates_lie_on_the_sampled_tokens() -> None:
+    builder = TraceBuilder([1])
+    turn = completion(2, 3)
+    builder.add_completion(replace(turn, token_versions=(4, 5), topk=(((2, -0.5), (9, -1.0)),) * 2), turn=0)
+    builder.extend([6], [7], turn=0)
+    builder.add_completion(replace(completion(8), policy_version=None), turn=1)
+    (trace,) = builder.traces()
+    assert trace.policy_versions == [None, 4, 5, None, None, None]
+    assert trace.sampling_topk is not None
+    assert trace.sampling_topk.token_ids == [None, [2, 9], [2, 9], None, None, None]
+    assert trace.sampling_topk.logprobs == [None, [-0.5, -1.0], [-0.5, -1.0], None, None, None]
+
+
+def test_versions_that_nobody_said_are_none_as_a_whole() -> None:
+    builder = TraceBuilder([1])
+    builder.add_completion(replace(completion(2), policy_version=None), turn=0)
+    (trace,) = builder.traces()
+    assert (trace.policy_versions, trace.sampling_topk) == (None, None)
+
+
+@pytest.mark.parametrize("name", ["policy_versions", "sampling_topk"])
+def test_arrays_of_another_length_are_refused(name: str) -> None:
+    builder = TraceBuilder([1])
+    builder.add_completion(completion(2), turn=0)
+    (trace,) = builder.traces()
+    setattr(trace, name, [3] if name == "policy_versions" else TopK(token_ids=[[1]], logprobs=[None, [-1.0]]))
+    with pytest.raises(ValueError, match=f"{name}.* has 1 entries for 2 tokens"):
+        trace.check()
 
 
 def test_what_comes_out_of_order_is_refused() -> None:

@@ -16,6 +16,7 @@ import pytest
 import uvicorn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from bench.scoring import KEY, vllm_server
 from distill.serving.embedded import EmbeddedEngine
 from tests.conformance.models import VOCAB_SIZE, save, tiny_llama, tiny_qwen3
 
@@ -125,11 +126,29 @@ def embedded_url(embedded: EmbeddedEngine) -> Iterator[str]:
         yield url
 
 
-@pytest.fixture(params=["embedded", "embedded over HTTP"])
+@pytest.fixture(scope="session")
+def vllm_url(model_dir: Path) -> Iterator[str]:
+    """A real vLLM, started as a run starts it."""
+    options = ("--max-model-len", "256", "--dtype", "float32", "--logprobs-mode", "processed_logprobs")
+    with vllm_server(model_dir, *options, plugin=False) as (base_url, _):
+        yield base_url.removesuffix("/v1")
+
+
+@pytest.fixture(
+    params=[
+        "embedded",
+        "embedded over HTTP",
+        pytest.param("vllm", marks=[pytest.mark.vllm, pytest.mark.timeout(900)]),
+    ]
+)
 async def server(request: pytest.FixtureRequest, model_dir: Path) -> AsyncIterator[Server]:
     reference = AutoModelForCausalLM.from_pretrained(model_dir)
     known: dict[str, Any] = {"model": "tiny", "reference": reference, "max_model_len": 256}
-    if request.param == "embedded":
+    if request.param == "vllm":
+        known |= {"model": "teacher", "tolerance": 1e-3}  # other kernels than those of `transformers`
+        async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {KEY}"}) as session:
+            yield Server(over_http(request.getfixturevalue("vllm_url"), session), **known)
+    elif request.param == "embedded":
         yield Server(in_process(request.getfixturevalue("embedded").app), **known)
     else:
         async with aiohttp.ClientSession() as session:

@@ -57,6 +57,7 @@ class FakeVllm:
         cached_tokens: tokens of every prompt that the prefix cache holds, for requests that read it.
         weight_version: put into every reply; vLLM puts none there.
         chat_replies: messages that `/v1/chat/completions` answers with, in order. An item may hold `finish_reason`.
+        port: on loopback; 0 is any that is free.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class FakeVllm:
         cached_tokens: int = 0,
         weight_version: int | None = None,
         chat_replies: Iterable[Mapping[str, Any]] = (),
+        port: int = 0,
     ) -> None:
         self.model = model
         self.invented = InventedModel(vocab_size)
@@ -88,7 +90,7 @@ class FakeVllm:
         self._plan: _Plan | None = None
         self._ready = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
-        self._port = 0
+        self._port = port
         self._loop: asyncio.AbstractEventLoop
         self._closing: asyncio.Event
 
@@ -127,7 +129,7 @@ class FakeVllm:
         app.router.add_post("/v1/chat/completions", self._chat)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1, handler_cancellation=True)
         await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
+        site = web.TCPSite(runner, "127.0.0.1", self._port)
         await site.start()
         self._port = runner.addresses[0][1]
         self._ready.set()
