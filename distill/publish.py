@@ -7,6 +7,7 @@ disagree, the server samples from something that is not the student, and the run
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,8 @@ from distill.student import Student
 
 CONTROL_S = 600.0
 """For one control call: reading tens of gigabytes takes minutes."""
+HEALTH_S = 30.0
+"""For a question that needs no computation."""
 
 
 class PublishError(Exception):
@@ -129,8 +132,7 @@ class DiskPublisher:
         self._lora = lora
         self._version = 0
         self._path: Path | None = None
-        self._loaded: dict[str, str] = {}
-        self._run = uuid.uuid4().hex[:8]
+        self._adapters = f"student-{uuid.uuid4().hex[:8]}-"  # a given server may still have those of an earlier run
         self._lock = asyncio.Lock()
         fleet.on_return = self.push_to
 
@@ -141,11 +143,12 @@ class DiskPublisher:
             await asyncio.to_thread(self._write, student, path)
             self._path, self._version = path, version
             if self._lora:
-                # The name is new in each run too: a given server may still have the adapters of an earlier one.
-                self.model = f"student-{self._run}-v{version:06}"
-        differences = await self._fleet.each(self._push_or_leave)
-        if old is not None:
-            await asyncio.to_thread(shutil.rmtree, old, ignore_errors=True)
+                self.model = f"{self._adapters}v{version:06}"
+        try:
+            differences = await self._fleet.each(self._push_or_leave)
+        finally:
+            if old is not None:
+                await asyncio.to_thread(shutil.rmtree, old, ignore_errors=True)
         found = [difference for difference in differences if difference is not None]
         # None: the server died meanwhile, and gets the version when it is back.
         return max(found) if found else max(await self._fleet.each(self._verify))
@@ -154,10 +157,14 @@ class DiskPublisher:
         """Give a server that came back the present version, and verify it."""
         async with self._lock:
             if self._path is not None:
-                self._loaded.pop(replica.name, None)
                 await self._push(replica)
 
     async def aclose(self) -> None:
+        if self._lora:
+            for replica in self._fleet.replicas:
+                if replica.up and replica.launch is None:  # ours end with the run
+                    with contextlib.suppress(PublishError, TransportError):
+                        await self._unload(replica, keep=None)
         if self._path is not None:
             await asyncio.to_thread(shutil.rmtree, self._path, ignore_errors=True)
 
@@ -176,18 +183,26 @@ class DiskPublisher:
     async def _push(self, replica: Replica) -> float:
         control = Control(replica.transport)
         if self._lora:
-            await self._load_adapter(control, replica.name)
+            await self._load_adapter(replica)
         else:
             await reload_weights(control, str(self._path), self._version)
         return await self._canary.verify(replica.transport, self.model)
 
-    async def _load_adapter(self, control: Control, name: str) -> None:
-        """New name, new path; never `load_inplace`, which vLLM keeps and reads from disk at every step."""
-        await control.post("/v1/load_lora_adapter", {"lora_name": self.model, "lora_path": str(self._path)})
-        old = self._loaded.get(name)
-        self._loaded[name] = self.model
-        if old is not None and old != self.model:
-            await control.post("/v1/unload_lora_adapter", {"lora_name": old})
+    async def _load_adapter(self, replica: Replica) -> None:
+        """New name, new path; never `load_inplace`, which vLLM keeps and reads from disk at every step.
+
+        Asks what is there: a server that was only out of reach still has its adapters, and refuses a second one of
+        the same name.
+        """
+        if self.model not in await served_names(replica.transport):
+            adapter = {"lora_name": self.model, "lora_path": str(self._path)}
+            await Control(replica.transport).post("/v1/load_lora_adapter", adapter)
+        await self._unload(replica, keep=self.model)
+
+    async def _unload(self, replica: Replica, *, keep: str | None) -> None:
+        for name in await served_names(replica.transport):
+            if name.startswith(self._adapters) and name != keep:
+                await Control(replica.transport).post("/v1/unload_lora_adapter", {"lora_name": name})
 
     def _write(self, student: Student, path: Path) -> None:
         """All or nothing: a folder is there under its name only when it is complete."""
@@ -210,19 +225,32 @@ class Control:
         """
         Raises:
             TransportError: `unavailable` where the server is gone.
-            PublishError: it refuses.
+            PublishError: it refuses, or fails and lives: to start it again would not help.
         """
         try:
             await self._transport.post_json(path, payload, timeout_s=CONTROL_S)
         except TransportError as error:
-            if error.kind == "unavailable":
-                raise
             if error.kind == "protocol" and error.status == 200:  # load_lora_adapter answers in plain words
                 return
+            if error.kind == "unavailable" and not (error.status and await self._lives()):
+                raise
             raise PublishError(
                 f"the student's server refuses to be controlled: {error}. Full weights need VLLM_SERVER_DEV_MODE=1, "
                 "LoRA needs VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and --enable-lora (docs/serving.md)"
             ) from error
+
+    async def _lives(self) -> bool:
+        """Its engine too: without it /health answers 503."""
+        try:
+            await self._transport.get_json("/health", timeout_s=HEALTH_S)
+        except TransportError as error:
+            return error.status == 200  # the body is empty
+        return True
+
+
+async def served_names(transport: Transport) -> list[str]:
+    """Of the model and all adapters."""
+    return [card["id"] for card in (await transport.get_json("/v1/models", timeout_s=HEALTH_S))["data"]]
 
 
 async def reload_weights(control: Control, path: str, version: int) -> None:
