@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distill.check_servers import Probe, mismatch, self_score, server, student_sampling, teacher_scores
+from distill.check_servers import Probe, mismatch, self_score, server, student_sampling, teacher_scorer, teacher_scores
 from distill.check_versions import installed, server_versions
 from distill.check_vllm import (
     addresses,
@@ -62,6 +62,7 @@ CHECKS = (
     "self_score",
     "mismatch",
     "teacher_scores",
+    "teacher_scorer",
 )
 """All of them, in their order: the names that `check.skip` takes."""
 
@@ -130,7 +131,12 @@ async def check_parts(parts: Parts, publish: Callable[[], Awaitable[object]] | N
     sample = "" if probe else "student_sampling"
     await run("self_score", lambda: self_score(parts, probe[0]), needs=sample)
     await run("mismatch", lambda: done(mismatch(parts, probe[0])), needs=sample)
-    await run("teacher_scores", lambda: teacher_scores(parts, probe[0]), needs=failed("teacher_server") or sample)
+    unasked = failed("teacher_server", "max_logprobs") or sample
+    scores = await run("teacher_scores", lambda: teacher_scores(parts, probe[0]), needs=unasked)
+    if parts.teacher_endpoint.engine is None:
+        await run(
+            "teacher_scorer", lambda: teacher_scorer(parts, probe[0]), needs=sample if scores else "teacher_scores"
+        )
     return findings
 
 

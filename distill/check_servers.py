@@ -189,6 +189,42 @@ async def teacher_scores(parts: Parts, probe: Probe) -> list[Finding]:
     return findings or [good]
 
 
+async def teacher_scorer(parts: Parts, probe: Probe) -> list[Finding]:
+    """Does the way in which a server scores fastest give the numbers of the plain way?"""
+    from agent_loop.scorers import choose_scorer
+    from agent_loop.scoring import ScoringError
+
+    name, model, config = "teacher_scorer", parts.teacher_endpoint.model, parts.config
+    given = config.loss.type == "topk" and config.loss.candidates == "student"
+    top_k = config.teacher.top_k if config.loss.type == "topk" else 0
+    ids = [*probe.prompt_ids, *probe.token_ids]
+    rows = range(len(probe.prompt_ids), len(ids))
+    candidates = [list(range(top_k))] * len(rows) if given else None
+    findings = []
+    for address in addresses(parts.teacher_endpoint, "teacher"):
+        try:
+            scorer = await choose_scorer(address.transport, model, top_k=top_k, given_ids=given)
+            scores = await scorer.score(
+                address.transport, model, ids, rows, top_k=0 if given else top_k, timeout_s=120.0, candidates=candidates
+            )
+        except ScoringError as failure:
+            findings.append(error(name, f"{address.name}: {failure}"[:500], "see the log of the teacher's server"))
+            continue
+        plain = await score(address, model, probe)
+        worst = max(abs((scores.logprobs[row] or 0.0) - p) for row, p in zip(rows, plain, strict=True))
+        if worst > config.check.max_self_difference:
+            findings.append(
+                error(
+                    name,
+                    f"{address.name} gives other numbers by {scorer.name} scoring than by plain: {worst:.2g} nats",
+                    "do not train with it; serve the teacher with a vLLM that was tested (docs/serving.md)",
+                )
+            )
+        else:
+            findings.append(ok(name, f"{address.name}: {scorer.name} scoring, the numbers of plain scoring"))
+    return findings
+
+
 def unscored(parts: Parts, failure: ScoringError) -> Finding:
     """Why there are no scores, in the user's words."""
     message = {

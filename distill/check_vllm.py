@@ -140,23 +140,21 @@ async def max_logprobs(parts: Parts) -> list[Finding]:
     name, top_k = "max_logprobs", parts.config.teacher.top_k
     if parts.config.loss.type != "topk":
         return [ok(name, "the loss wants no candidates")]
-    asked: list[tuple[Endpoint, Who, str]] = [(parts.teacher_endpoint, "teacher", "prompt_logprobs")]
-    if parts.config.loss.candidates == "student":
-        asked.append((parts.student_endpoint, "student", "logprobs"))
+    given = parts.config.loss.candidates == "student"
+    # Given candidates stand in one row with the sampled token, which may not be among them.
+    asked: list[tuple[Endpoint, Who, str, int]] = []
+    asked.append((parts.teacher_endpoint, "teacher", "prompt_logprobs", top_k + given))
+    if given:
+        asked.append((parts.student_endpoint, "student", "logprobs", top_k))
     findings = []
-    for endpoint, who, field in asked:
+    for endpoint, who, field, count in asked:
         for server in addresses(endpoint, who):
             try:
-                await complete(server, endpoint.model, probe_ids(parts, 3), **{field: top_k})
+                await complete(server, endpoint.model, probe_ids(parts, 3), **{field: count})
             except TransportError as failure:
-                findings.append(
-                    error(name, f"{server.name} refuses {top_k} candidates: {failure}"[:500], more_logprobs(top_k))
-                )
+                remedy = f"start it with --max-logprobs {count} or more, or lower teacher.top_k"
+                findings.append(error(name, f"{server.name} refuses {count} candidates: {failure}"[:500], remedy))
     return findings or [ok(name, f"{top_k} candidates a token")]
-
-
-def more_logprobs(top_k: int) -> str:
-    return f"start it with --max-logprobs {top_k} or more, or lower teacher.top_k"
 
 
 async def lora_rank(parts: Parts) -> list[Finding]:

@@ -491,6 +491,11 @@ async def test_candidates_that_the_servers_give(parts: Parts) -> None:
     only(await check_vllm.max_logprobs(many), "error", "--max-logprobs 21", "max allowed: 20")
 
 
+async def test_given_candidates_stand_beside_the_sampled_token(parts: Parts) -> None:
+    given = having(parts, loss__type="topk", loss__candidates="student", teacher__top_k=20)
+    only(await check_vllm.max_logprobs(given), "error", "teacher refuses 21", "--max-logprobs 21")
+
+
 # Numbers
 
 
@@ -600,6 +605,43 @@ async def test_a_teacher_that_only_samples_is_an_error(
     silent = having(silent, teacher__base_url=[base_url])
     only(await check_servers.teacher_scores(silent, await probe_of(parts)), "error", words, "off-policy distillation")
     await silent.teacher_endpoint.aclose()
+
+
+class Split(HttpTransport):
+    """Behind one address, `/inference` goes to another server than the rest."""
+
+    def __init__(self, base_url: str, other: HttpTransport) -> None:
+        super().__init__(base_url)
+        self._other = other
+
+    async def post_json(
+        self, path: str, payload: Mapping[str, Any], *, timeout_s: float, key: str = ""
+    ) -> dict[str, Any]:
+        if path.startswith("/inference"):
+            return await self._other.post_json(path, payload, timeout_s=timeout_s, key=key)
+        return await super().post_json(path, payload, timeout_s=timeout_s, key=key)
+
+
+async def test_fast_scores_are_compared_with_plain_ones(parts: Parts, fake: Callable[..., FakeVllm]) -> None:
+    right, wrong = (fake("teacher", generates=True, scores_given_ids=True) for _ in range(2))
+    wrong.invented = InventedModel(wrong.invented.vocab_size, decay=0.1)
+    probe = await probe_of(parts)
+    good = with_teacher(parts, HttpTransport(right.base_url))
+    only(await check_servers.teacher_scorer(good, probe), "ok", "fast")
+    split = with_teacher(parts, Split(right.base_url, HttpTransport(wrong.base_url)))
+    only(await check_servers.teacher_scorer(split, probe), "error", "fast", "other numbers")
+    for endpoint in (good.teacher_endpoint, split.teacher_endpoint):
+        await endpoint.aclose()
+    await split.teacher_endpoint.transport._other.aclose()  # type: ignore[attr-defined]
+
+
+async def test_a_server_without_fast_scoring_is_asked_plainly(parts: Parts, fake: Callable[..., FakeVllm]) -> None:
+    plain = with_teacher(parts, HttpTransport(fake("teacher").base_url))
+    probe = await probe_of(parts)
+    only(await check_servers.teacher_scorer(plain, probe), "ok", "plain")
+    given = having(plain, loss__type="topk", loss__candidates="student", teacher__top_k=4)
+    only(await check_servers.teacher_scorer(given, probe), "error", "needs a teacher that scores given ids")
+    await plain.teacher_endpoint.aclose()
 
 
 # All of them

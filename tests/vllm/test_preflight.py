@@ -162,6 +162,7 @@ async def test_a_server_that_was_started_well_passes(parts: Parts) -> None:
     assert said["prefix_cache"] == "on"
     assert said["server_versions"].startswith("vLLM 0.")
     assert "/collective_rpc" in said["weight_routes"]
+    assert "plain" in said["teacher_scorer"], "the CPU build has no other, without the plugin"
 
 
 @pytest.mark.parametrize("fleet", ["good"], indirect=True)
