@@ -146,6 +146,8 @@ class HttpTeacher:
         return await asyncio.gather(*(self._score_trace(episode, trace) for trace in episode.traces))
 
     async def aclose(self) -> None:
+        if self._asking is not None:
+            self._asking.cancel()  # no harm where it is done
         await self._transport.aclose()
 
     async def _score_trace(self, episode: Episode, trace: TokenTrace) -> TeacherScore:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 
@@ -157,6 +159,29 @@ async def test_fast_scoring_of_sampled_tokens() -> None:
         states = server.invented.states(ids)
         expected = [server.invented.logprob(states[i], ids[i]) if mask[i] else None for i in range(len(ids))]
         assert score.logprobs == pytest.approx(expected, abs=1e-6)
+
+
+class Keys(HttpTransport):
+    """Remembers the keys of requests that score."""
+
+    def __init__(self, base_url: str) -> None:
+        super().__init__(base_url)
+        self.keys: list[str] = []
+
+    async def post_json(
+        self, path: str, payload: Mapping[str, Any], *, timeout_s: float, key: str = ""
+    ) -> dict[str, Any]:
+        self.keys.append(key)
+        return await super().post_json(path, payload, timeout_s=timeout_s, key=key)
+
+
+@pytest.mark.parametrize(("options", "key"), [({}, "0/t/0"), ({"scores_given_ids": True}, "t")])
+async def test_a_group_goes_to_one_server_where_that_saves_work(options: dict[str, bool], key: str) -> None:
+    with FakeVllm("teacher", 64, **options) as server:  # type: ignore[arg-type]
+        transport = Keys(server.base_url)
+        await HttpTeacher(transport, "teacher").score(episode())
+        assert transport.keys[-1] == key
+        await transport.aclose()
 
 
 async def test_one_probe_for_all_who_wait() -> None:
