@@ -21,6 +21,8 @@ MAX_BODY_BYTES = 256 << 20
 OVERFLOW_WORDS = ("maximum context length", "context length is only", "longer than the maximum model length")
 """How vLLM says that a prompt is too long; there is no code for it."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 8.0
+KEEPALIVE_S = 4.0
+"""vLLM's uvicorn closes a connection that was idle for 5 s; sending on one that it is closing would look like a crash."""
 CONNECT_S = 10.0
 """For a connection to be made; a host that drops packets must not cost the time that a long completion may take."""
 
@@ -118,7 +120,7 @@ class HttpTransport:
         if self._session is None:
             # trust_env stays off: proxies of the environment have no business with a model server of one's own.
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60), headers=self._headers
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S), headers=self._headers
             )
         headers = {"Content-Type": "application/json"} if body is not None else {}
         try:

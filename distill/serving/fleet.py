@@ -51,7 +51,8 @@ class Replica:
     def transport(self) -> Transport:
         """To its present incarnation; waits for nobody."""
         if self._transport is None:
-            self._transport = HttpTransport(self.base_url, self._api_key, retry_deadline_s=2.0)
+            # No retries of its own: they could reach a restarted server that has not been made fit.
+            self._transport = HttpTransport(self.base_url, self._api_key, retry_deadline_s=0.0)
         return self._transport
 
     async def start(self) -> None:
@@ -195,16 +196,25 @@ class Fleet:
             try:
                 return await send(transport, max(0.001, timeout_s - used))
             except TransportError as error:
-                gone = transport is not replica.transport or not replica.up or not await replica.answers()
-                if gone:
+                if error.kind != "unavailable":
+                    raise
+                in_time = time.monotonic() - began < timeout_s - used
+                if await self._is_gone(replica, transport, broken_off=error.status is None and in_time):
                     await self.doubt(replica, str(error))
                     continue  # what it was sent is sent again, and took no time
                 used += time.monotonic() - began
-                if error.kind != "unavailable" or used + pause >= min(timeout_s, RETRY_S):
+                if used + pause >= min(timeout_s, RETRY_S):
                     raise
             await asyncio.sleep(pause)
             used += pause
             pause = min(2 * pause, 8.0)
+
+    async def _is_gone(self, replica: Replica, transport: Transport, *, broken_off: bool) -> bool:
+        """Whether a failed request means that the server went away. One of ours has a port and a key of its own each
+        time; a given one that broke off may have been started anew behind the same address, even if it answers."""
+        if transport is not replica.transport or not replica.up or (broken_off and replica.launch is None):
+            return True
+        return not await replica.answers()
 
     def _choose(self, key: str) -> Replica:
         """Rendezvous hashing (Thaler and Ravishankar, 1998): a server that leaves moves only its own keys."""
