@@ -132,12 +132,14 @@ class ScorePlugin:
         # Imported here: where a later vLLM has moved them, it logs that and serves without this route.
         from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
         from vllm.entrypoints.serve.utils.api_utils import with_cancellation
+        from vllm.inputs import tokens_input
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         self._authentication = AuthenticationMiddleware
         self._with_cancellation = with_cancellation
         self._final_only = RequestOutputKind.FINAL_ONLY
         self._sampling_params = SamplingParams
+        self._tokens_input = tokens_input
         self._engine: Any = None
         self._models: Any = None
         self._guard: Any = None
@@ -198,7 +200,7 @@ class ScorePlugin:
             skip_reading_prefix_cache=True,
         )
         final: Any = None
-        prompt = {"prompt_token_ids": request.token_ids}
+        prompt = self._tokens_input(request.token_ids)
         try:
             async for output in self._engine.generate(
                 prompt, params, f"{NAME}-{uuid.uuid4().hex}", lora_request=adapter
