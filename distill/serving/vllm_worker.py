@@ -16,7 +16,14 @@ class WorkerExtension:
     model_runner: Any
 
     def distill_repack_head(self) -> bool:
-        """Pack the output head again; called by `/collective_rpc` after each reload. Returns whether there was one."""
+        """Pack the output head again; called by `/collective_rpc` after each reload. Returns whether it was done.
+
+        Only on a CPU: elsewhere nothing is packed, or a second time would spoil it (quantised heads).
+        """
+        from vllm.platforms import current_platform
+
+        if not current_platform.is_cpu():
+            return False
         head = getattr(self.model_runner.get_model(), "lm_head", None)
         method = getattr(head, "quant_method", None)
         if method is None or not hasattr(method, "process_weights_after_loading"):

@@ -121,7 +121,14 @@ async def test_new_weights_in_the_middle_of_a_request(start: Start) -> None:
     train(student, 1)
     await publisher.publish(student, 1)
     models = {"1": copy.deepcopy(student.model)}
-    sampling = {"max_tokens": 900, "min_tokens": 900, "temperature": 1.0, "logprobs": 0, "seed": 1, "detokenize": False}
+    sampling = {
+        "max_tokens": 900,
+        "ignore_eos": True,
+        "temperature": 1.0,
+        "logprobs": 0,
+        "seed": 1,
+        "detokenize": False,
+    }
     request = {"model": "student", "token_ids": CANARY, "sampling_params": sampling}
     reply = asyncio.ensure_future(fleet.post_json("/inference/v1/generate", request, timeout_s=120.0))
     await asyncio.sleep(0.5)
