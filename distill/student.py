@@ -270,11 +270,12 @@ class Student:
 
     @property
     def adapted_modules(self) -> list[str]:
-        """Names of the modules that have an adapter; empty without LoRA."""
+        """Last names of the modules that have an adapter (`q_proj`); empty without LoRA. vLLM's filter knows no full
+        names of what it packs."""
         if not self.has_lora:
             return []
         (adapter,) = self.model.peft_config.values()
-        return sorted(adapter.target_modules)
+        return sorted({name.rsplit(".", 1)[-1] for name in adapter.target_modules})
 
     def save_weights(self, folder: Path) -> None:
         """Write the present full weights as a model folder that vLLM reloads from."""

@@ -49,9 +49,11 @@ def processes(folder: Path) -> list[int]:
 
 async def gone(folder: Path, *, within_s: float = 15.0) -> bool:
     deadline = time.monotonic() + within_s
-    while processes(folder) and time.monotonic() < deadline:
-        await asyncio.sleep(0.05)
-    return not processes(folder)
+    while left := processes(folder):
+        if time.monotonic() > deadline:
+            return False
+        await asyncio.to_thread(time.sleep, 0.05)
+    return not left
 
 
 def fleet_of(*started: Launch, max_outage_s: float = 30.0, max_restarts: int = 1) -> Fleet:
@@ -188,7 +190,7 @@ async def main():
     await asyncio.sleep(600)
 asyncio.run(main())
 """
-    run = subprocess.Popen(
+    run = subprocess.Popen(  # noqa: ASYNC220 - it is to be killed, not awaited
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)}
     )
     assert run.stdout is not None
@@ -239,7 +241,7 @@ async def test_a_given_server_that_is_not_there_is_said_at_the_start() -> None:
         await fleet.start()
 
 
-class serving:  # noqa: N801 - reads as a verb
+class serving:
     """The small server, started by somebody else."""
 
     def __init__(self, folder: Path, port: int | None = None) -> None:
@@ -248,12 +250,14 @@ class serving:  # noqa: N801 - reads as a verb
         self._folder, self._port = folder, port or _free_port()
 
     async def __aenter__(self) -> tuple[int, subprocess.Popen[bytes]]:
-        self._process = subprocess.Popen(
+        self._process = subprocess.Popen(  # noqa: ASYNC220
             [sys.executable, str(SERVER), str(self._port)], env=os.environ | {"VLLM_API_KEY": "k"}
         )
         replica = Replica("given", base_url=f"http://127.0.0.1:{self._port}/v1")
+        deadline = time.monotonic() + 20
         while not await replica.answers():
-            await asyncio.sleep(0.05)
+            assert time.monotonic() < deadline
+            await asyncio.to_thread(time.sleep, 0.05)
         await replica.end()
         return self._port, self._process
 

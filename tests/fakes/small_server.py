@@ -1,7 +1,7 @@
-"""A model server of a few lines, as a program: `python small_server.py PORT [--die-after N] [--never-ready] [--child]`.
+"""A model server of a few lines, as a program: `python small_server.py PORT [--broken | --never-ready] [--child]`.
 
-Answers /v1/models and /v1/completions, the latter with its process id and the key that it wants. `POST /die` ends it as a
-crash does.
+Answers /v1/models, and with the key that it was started with /v1/completions: its process id and the payload. A payload
+with `die` ends it as a crash does.
 """
 
 from __future__ import annotations
