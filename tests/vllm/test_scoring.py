@@ -43,7 +43,9 @@ def servers(models: dict[str, PreTrainedModel], tmp_path_factory: pytest.TempPat
     folder = tmp_path_factory.mktemp("scoring")
     save(models["teacher"], folder / "llama")
     models["adapter"].save_pretrained(folder / "adapter")
-    common = ("--dtype", "float32", "--max-model-len", str(MAX_MODEL_LEN))
+    # Batches shorter than a sequence: each is scored in several chunks.
+    chunks = ("--max-num-batched-tokens", "64", "--max-num-seqs", "8")
+    common = ("--dtype", "float32", "--max-model-len", str(MAX_MODEL_LEN), *chunks)
     lora = ("--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"adapter={folder / 'adapter'}")
     with ExitStack() as stack:
         with_plugin, _ = stack.enter_context(vllm_server(folder / "llama", *common, *lora))
