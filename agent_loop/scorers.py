@@ -14,6 +14,7 @@ the interpreter lock, and only a process would end it (bench/README.md). The plu
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import io
@@ -94,7 +95,7 @@ class PlainScorer:
         params = {"max_tokens": 1, "temperature": 1.0, "prompt_logprobs": top_k, "detokenize": False}
         payload = {"model": model, "token_ids": list(ids), "sampling_params": params}
         reply = await _post(transport, "/inference/v1/generate", payload, timeout_s, key)
-        return read_scores(reply.get("prompt_logprobs"), ids, top_k, rows)
+        return await asyncio.to_thread(read_scores, reply.get("prompt_logprobs"), ids, top_k, rows)
 
 
 class FastScorer:

@@ -7,6 +7,7 @@ or K + 1 entries there. A number that is missing, not finite, or vLLM's stand-in
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -76,7 +77,7 @@ async def prompt_logprobs(
         rows = reply["choices"][0]["prompt_logprobs"]
     except (KeyError, IndexError, TypeError):
         raise ScoringError("the reply has no choices[0].prompt_logprobs", "protocol") from None
-    return read_scores(rows, token_ids, top_k, positions)
+    return await asyncio.to_thread(read_scores, rows, token_ids, top_k, positions)
 
 
 def read_scores(

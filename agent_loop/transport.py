@@ -18,11 +18,14 @@ TransportErrorKind = Literal["unavailable", "rejected", "protocol", "context_ove
 
 RETRIED = frozenset({408, 425, 429})
 MAX_BODY_BYTES = 256 << 20
+LARGE_BODY_BYTES = 1 << 20
+"""Parsed in a thread: 24 MB hold up the event loop for 352 ms in place, 158 ms so, since Python's lock is shared
+(bench/README.md, "Scoring"). What is smaller is not worth the hop."""
 OVERFLOW_WORDS = ("maximum context length", "context length is only", "longer than the maximum model length")
 """How vLLM says that a prompt is too long; there is no code for it."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 8.0
 KEEPALIVE_S = 4.0
-"""vLLM's uvicorn closes a connection that was idle for 5 s; sending on one that it is closing would look like a crash."""
+"""vLLM's uvicorn closes a connection that was idle for 5 s; one that it is closing would look like a crash."""
 CONNECT_S = 10.0
 """For a connection to be made; a host that drops packets must not cost the time that a long completion may take."""
 
@@ -147,6 +150,8 @@ class HttpTransport:
             raise TransportError(f"{url} does not speak HTTP as it should: {error}", "protocol") from error
         if status in RETRIED or status >= 500:
             raise _Retryable(f"{url} answered {status}: {_excerpt(content)}", status, _seconds(retry_after))
+        if len(content) > LARGE_BODY_BYTES:
+            return await asyncio.to_thread(read_reply, url, status, content)
         return read_reply(url, status, content)
 
     async def _bounded(self, response: Any, url: str) -> bytes:

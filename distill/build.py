@@ -14,6 +14,7 @@ import transformers
 import envs
 from agent_loop.policy import VllmPolicy
 from agent_loop.renderer import Renderer, load_renderer
+from agent_loop.transport import TransportError
 from distill import models
 from distill.config import RunConfig
 from distill.console import Console
@@ -208,8 +209,13 @@ def build(config: RunConfig, console: Console, folder: Path) -> Parts:
 
 
 async def served_context(endpoint: Endpoint) -> int | None:
-    """Tokens of context that a server says its model has; None where it does not say."""
-    cards = (await endpoint.transport.get_json("/v1/models", timeout_s=30.0)).get("data", [])
+    """Tokens of context that a server says its model has; None where it does not say, or refuses: the checks ask why."""
+    try:
+        cards = (await endpoint.transport.get_json("/v1/models", timeout_s=30.0)).get("data", [])
+    except TransportError as error:
+        if error.kind == "unavailable":
+            raise
+        return None
     return next((card.get("max_model_len") for card in cards if card.get("max_model_len")), None)
 
 
