@@ -179,7 +179,8 @@ def notes_of(config: RunConfig) -> Iterator[str]:
         yield f'teacher.top_k is {config.teacher.top_k}, but loss.type "{config.loss.type}" does not use the candidates'
     if config.loss.adv_tau > 0 and rollout.group_size == 1:
         yield "loss.adv_tau is above 0 with rollout.group_size 1: an advantage within a group of one is always 0"
-    if config.teacher.model == config.student.model and config.teacher.system_prompt is None:
+    own = config.teacher.model == config.student.model or (config.teacher.model is None and not config.teacher.base_url)
+    if own and config.teacher.system_prompt is None:
         yield "teacher.model is the student's own and has no system_prompt: the KL is 0 and nothing is learnt"
     for name, urls in (("student", config.student.base_url), ("teacher", config.teacher.base_url)):
         if any(not url.endswith("/v1") for url in urls or ()):
