@@ -208,11 +208,15 @@ class DiskPublisher:
         """All or nothing: a folder is there under its name only when it is complete."""
         unfinished = path.with_name(f".{path.name}")
         unfinished.mkdir(parents=True)
-        if self._lora:
-            student.save_adapter(unfinished)
-        else:
-            student.save_weights(unfinished)
-        unfinished.rename(path)
+        try:
+            if self._lora:
+                student.save_adapter(unfinished)
+            else:
+                student.save_weights(unfinished)
+            unfinished.rename(path)
+        except BaseException:  # a full disk is not made fuller
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
 
 
 class Control:
