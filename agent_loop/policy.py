@@ -85,7 +85,9 @@ def _complete(model: str, prompt_ids: Sequence[int], params: SamplingParams) -> 
 
 
 def _generate(model: str, prompt_ids: Sequence[int], params: SamplingParams) -> tuple[str, dict[str, Any]]:
-    sampling = {**_drawing(params), "logprobs": params.top_logprobs, "detokenize": False}
+    # vLLM 0.32 cuts its list, the sampled token first, to what was asked: one more, or the last of the K is missing.
+    asked = params.top_logprobs + 1 if params.top_logprobs else 0
+    sampling = {**_drawing(params), "logprobs": asked, "detokenize": False}
     return "/inference/v1/generate", {"model": model, "token_ids": list(prompt_ids), "sampling_params": sampling}
 
 

@@ -1,10 +1,13 @@
-"""What a model turn costs on the client, against an instant server in another process.
+"""What a model turn costs on the client, against an instant server in another process or a real vLLM.
 
     python -m bench.rollout [--concurrency 1 32 256] [--turns 4]
+    python -m bench.rollout --engine vllm [--model FOLDER]              starts vLLM here; default: the CPU student
+    python -m bench.rollout --engine vllm --model FOLDER --base-url http://HOST:8000/v1 --served-name NAME
 
 Episodes of `--turns` model calls with one tool call each. All that a training rollout does is included: rendering,
 cleaning, token ids, masks, log-probabilities, parsing, the tool, the environment, the trace's checks, and the episode
-file. CPU is the client process's own, user and system.
+file. CPU is the client process's own, user and system. With vLLM the figure is sampled tokens a second, beside a bare
+load generator that sends the same prompts and takes as many tokens from the same server (bench/vllm_load.py).
 """
 
 from __future__ import annotations
@@ -120,7 +123,16 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 32, 256])
     parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--tokenizer", help="folder of a tokenizer (default: the tiny one of the tests)")
+    parser.add_argument("--engine", choices=["instant", "vllm"], default="instant")
+    parser.add_argument("--model", type=Path, help="folder of the model that vLLM serves (default: the CPU student)")
+    parser.add_argument("--base-url", help="of a vLLM that runs; its key, if any, in VLLM_API_KEY")
+    parser.add_argument("--served-name", default="student")
     arguments = parser.parse_args()
+    if arguments.engine == "vllm":
+        from bench.vllm_load import compare
+
+        compare(arguments.model, arguments.base_url, arguments.served_name)
+        return
     with tempfile.TemporaryDirectory() as folder:
         if arguments.tokenizer is None:
             from tests.runs.conftest import save_tokenizer

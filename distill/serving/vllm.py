@@ -78,7 +78,7 @@ class Server:
         return self._keeper.poll()
 
     async def wait_ready(self) -> None:
-        """Until `/health` answers.
+        """Until `/v1/models` answers.
 
         Raises:
             LaunchError: it died, or took longer than `startup_timeout_s`.
@@ -192,7 +192,7 @@ def launches(
         "--dtype": [server.dtype],
         "--generation-config": ["vllm"],
         "--logprobs-mode": ["processed_logprobs"],
-        "--max-logprobs": [str(max(20, max_logprobs))],
+        "--max-logprobs": [str(max(20, max_logprobs + 1))],  # rollouts ask for one more (agent_loop/policy.py)
         "--enable-scale-out": [],
         "--enable-prompt-tokens-details": [],
     }
@@ -227,6 +227,9 @@ def launches(
         else:
             cores = machine.share(first_share + copy, num_shares)
             own["--enforce-eager"] = []
+            # A seeded request whose prompt is prefilled in pieces kills vLLM 0.32's engine on a CPU: "CPU Generator
+            # does not use offset" (v1/worker/gpu_model_runner.py, _bookkeeping_sync).
+            own["--no-enable-chunked-prefill"] = []
             own_environment |= {
                 "VLLM_CPU_KVCACHE_SPACE": str(server.cpu_cache_gib),
                 "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),

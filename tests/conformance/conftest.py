@@ -16,9 +16,10 @@ import pytest
 import uvicorn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from bench.scoring import KEY, vllm_server
 from distill.serving.embedded import EmbeddedEngine
+from distill.serving.vllm import Server as VllmServer
 from tests.conformance.models import VOCAB_SIZE, save, tiny_llama, tiny_qwen3
+from tests.vllm.conftest import serving
 
 
 @dataclass(frozen=True)
@@ -127,11 +128,9 @@ def embedded_url(embedded: EmbeddedEngine) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def vllm_url(model_dir: Path) -> Iterator[str]:
-    """A real vLLM, started as a run starts it."""
-    options = ("--max-model-len", "256", "--dtype", "float32", "--logprobs-mode", "processed_logprobs")
-    with vllm_server(model_dir, *options, plugin=False) as (base_url, _):
-        yield base_url.removesuffix("/v1")
+def vllm(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
+    with serving(model_dir, tmp_path_factory.mktemp("logs")) as server:
+        yield server
 
 
 @pytest.fixture(
@@ -145,9 +144,10 @@ async def server(request: pytest.FixtureRequest, model_dir: Path) -> AsyncIterat
     reference = AutoModelForCausalLM.from_pretrained(model_dir)
     known: dict[str, Any] = {"model": "tiny", "reference": reference, "max_model_len": 256}
     if request.param == "vllm":
-        known |= {"model": "teacher", "tolerance": 1e-3}  # other kernels than those of `transformers`
-        async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {KEY}"}) as session:
-            yield Server(over_http(request.getfixturevalue("vllm_url"), session), **known)
+        known |= {"model": "student", "tolerance": 1e-3}  # other kernels than those of `transformers`
+        vllm: VllmServer = request.getfixturevalue("vllm")
+        async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {vllm.api_key}"}) as session:
+            yield Server(over_http(vllm.base_url.removesuffix("/v1"), session), **known)
     elif request.param == "embedded":
         yield Server(in_process(request.getfixturevalue("embedded").app), **known)
     else:
