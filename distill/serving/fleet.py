@@ -21,8 +21,9 @@ T = TypeVar("T")
 
 WATCH_S = 1.0
 """Between two looks at a server."""
-HEALTH_S = 10.0
-"""For an answer to /health; a server that computes still answers."""
+HEALTH_S = 30.0
+"""For an answer to a look. A server that computes still answers, but not while it writes out long log-probabilities
+(1.1 s of Python for a prompt of 16k tokens with 20 each), and many of those may come at once."""
 RETRY_S = 60.0
 """How long an error that may pass, of a server that lives, is tried again."""
 
@@ -73,8 +74,10 @@ class Replica:
         """Whether it lives."""
         if self.server is not None and self.server.exit_code is not None:
             return False
+        # /health knows of a dead engine behind a living API server; what was given need not be vLLM and have it.
+        path = "/health" if self.launch is not None else "/v1/models"
         try:
-            await self.transport.get_json("/v1/models", timeout_s=HEALTH_S)
+            await self.transport.get_json(path, timeout_s=HEALTH_S)
         except TransportError as error:
             return error.kind != "unavailable"
         return True

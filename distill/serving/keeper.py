@@ -18,17 +18,16 @@ import time
 from contextlib import suppress
 
 GRACE_S = 10.0
-PR_SET_CHILD_SUBREAPER = 36
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 def main() -> int:
     """Returns the command's exit code as a shell would give it."""
-    if sys.platform == "linux":  # children of the command that change their group become ours when it dies
-        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)  # children of the command that change their group become ours when it dies
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # a terminal's Ctrl-C is for the run to decide on
     process = subprocess.Popen(  # noqa: S603 - the command is the run's own
-        sys.argv[1:], stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_default_signals
+        sys.argv[1:], stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_in_the_command
     )
     while process.poll() is None:
         ready, _, _ = select.select([0], [], [], 0.2)
@@ -38,25 +37,35 @@ def main() -> int:
     return process.returncode if process.returncode >= 0 else 128 - process.returncode
 
 
-def _default_signals() -> None:
+def _in_the_command() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
+    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # if we are killed, nobody else would end it
+
+
+def _prctl(option: int, value: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
     """TERM to the command and all that it started, KILL to what is left of them after `GRACE_S`."""
     deadline = time.monotonic() + (GRACE_S if process.poll() is None else 1.0)
     _signal(process.pid, signal.SIGTERM)
+    asked = {process.pid}
     while time.monotonic() < deadline:
         process.poll()
         _reap(process.pid)
+        for pid in set(_descendants()) - asked:  # of another group, so that the first signal did not reach them
+            _kill(pid, signal.SIGTERM)
+            asked.add(pid)
         if not _descendants() and not _group_lives(process.pid):
             break
         time.sleep(0.05)
     _signal(process.pid, signal.SIGKILL)
     while _descendants():
         for pid in _descendants():
-            _kill(pid)
+            _kill(pid, signal.SIGKILL)
         process.poll()
         _reap(process.pid)
         time.sleep(0.02)
@@ -68,9 +77,9 @@ def _signal(group: int, number: int) -> None:
         os.killpg(group, number)
 
 
-def _kill(pid: int) -> None:
+def _kill(pid: int, number: int) -> None:
     with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, number)
 
 
 def _group_lives(group: int) -> bool:
