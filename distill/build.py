@@ -209,7 +209,7 @@ def build(config: RunConfig, console: Console, folder: Path) -> Parts:
 
 
 async def served_context(endpoint: Endpoint) -> int | None:
-    """Tokens of context that a server says its model has; None where it does not say, or refuses: the checks ask why."""
+    """Tokens of context that a server says its model has; None where it does not say: the checks ask why."""
     try:
         cards = (await endpoint.transport.get_json("/v1/models", timeout_s=30.0)).get("data", [])
     except TransportError as error:
