@@ -145,7 +145,7 @@ async def max_logprobs(parts: Parts) -> list[Finding]:
     asked: list[tuple[Endpoint, Who, str, int]] = []
     asked.append((parts.teacher_endpoint, "teacher", "prompt_logprobs", top_k + given))
     if given:
-        asked.append((parts.student_endpoint, "student", "logprobs", top_k))
+        asked.append((parts.student_endpoint, "student", "logprobs", top_k + (parts.policy.api == "generate")))
     findings = []
     for endpoint, who, field, count in asked:
         for server in addresses(endpoint, who):

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +28,7 @@ KEEPER = Path(__file__).with_name("keeper.py")
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM 0.32 takes for --max-lora-rank (vllm/config/lora.py)."""
+PLUGIN_GROUPS = tuple(f"vllm.{kind}_plugins" for kind in ("general", "platform", "io_processor", "stat_logger"))
 LOG_LINES = 30
 CAUSE = re.compile(r"\b\w*(Error|Exception): \S")
 NOISE = re.compile(r"nanobind|leaked|skipped remainder|resource_tracker|multiprocessing/")
@@ -192,7 +194,7 @@ def launches(
         "--dtype": [server.dtype],
         "--generation-config": ["vllm"],
         "--logprobs-mode": ["processed_logprobs"],
-        "--max-logprobs": [str(max(20, max_logprobs + 1))],  # rollouts ask for one more (agent_loop/policy.py)
+        "--max-logprobs": [str(max(20, max_logprobs))],
         "--enable-scale-out": [],
         "--enable-prompt-tokens-details": [],
     }
@@ -200,7 +202,7 @@ def launches(
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
-        "VLLM_PLUGINS": ",".join(filter(None, [os.environ.get("VLLM_PLUGINS"), "distill_score"])),
+        "VLLM_PLUGINS": ",".join([*_other_plugins(), "distill_score"]),
     }
     if max_model_len is not None:
         options["--max-model-len"] = [str(max_model_len)]
@@ -245,6 +247,15 @@ def launches(
             )
         )
     return found
+
+
+def _other_plugins() -> list[str]:
+    """Plugins of vLLM that would be loaded without us: an endpoint plugin is loaded only where `VLLM_PLUGINS` names it,
+    and the variable then switches off each plugin that it does not name (vllm/plugins/__init__.py)."""
+    named = os.environ.get("VLLM_PLUGINS")
+    if named is not None:
+        return [name for name in named.split(",") if name]
+    return sorted({point.name for group in PLUGIN_GROUPS for point in entry_points(group=group)})
 
 
 def _arguments(ours: Mapping[str, Sequence[str]], theirs: Sequence[str]) -> list[str]:

@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 
 from agent_loop.transport import TransportError
 from distill.config import ServerConfig
+from distill.serving import vllm
 from distill.serving.fleet import Fleet, Replica, ServerLost
 from distill.serving.vllm import Launch, LaunchError, Machine, launches
 
@@ -67,6 +69,18 @@ async def one(tmp_path: Path) -> AsyncIterator[Fleet]:
     yield fleet
     await fleet.aclose()
     assert await gone(tmp_path)
+
+
+async def until(holds: Callable[[], bool], timeout_s: float = 15.0) -> bool:
+    """False if it does not come to hold in time."""
+    deadline = time.monotonic() + timeout_s
+    while not holds() and time.monotonic() < deadline:  # noqa: ASYNC110 - it is another process
+        await asyncio.sleep(0.05)
+    return holds()
+
+
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 async def ask(fleet: Fleet, key: str = "", **payload: Any) -> dict[str, Any]:
@@ -122,6 +136,19 @@ async def test_a_crash_is_waited_out_and_the_new_server_is_made_fit_before_it_is
     assert replica.base_url != old_url
     assert one.num_restarts == 1
     assert one.away_s > 0.3
+
+
+async def test_a_server_whose_engine_is_dead_is_started_again(one: Fleet) -> None:
+    before = (await ask(one, sick=True))["pid"]
+    assert await until(lambda: one.num_restarts == 1)
+    assert (await ask(one))["pid"] != before
+
+
+async def test_a_server_does_not_outlive_its_keeper(one: Fleet) -> None:
+    before = (await ask(one))["pid"]
+    os.kill(parent(before), signal.SIGKILL)
+    assert await until(lambda: not Path(f"/proc/{before}").exists())
+    assert (await ask(one))["pid"] != before
 
 
 async def test_a_request_that_killed_its_server_does_not_hang_but_uses_up_the_restarts(tmp_path: Path) -> None:
@@ -325,6 +352,21 @@ def test_what_is_needed_and_no_more() -> None:
     assert arguments(lora)[start + 1 : start + 3] == ["q_proj", "v_proj"]
     with pytest.raises(LaunchError, match="up to rank 512"):
         made(ServerConfig(), lora_rank=513)
+
+
+def test_other_plugins_of_vllm_stay_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`VLLM_PLUGINS` switches off what it does not name."""
+    installed = {
+        "vllm.platform_plugins": [EntryPoint("tpu", "some:thing", "vllm.platform_plugins")],
+        "vllm.general_plugins": [EntryPoint("own_models", "some:thing", "vllm.general_plugins")],
+    }
+    monkeypatch.setattr(vllm, "entry_points", lambda group: installed.get(group, []))
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    assert made(ServerConfig())[0].environment["VLLM_PLUGINS"] == "own_models,tpu,distill_score"
+    monkeypatch.setenv("VLLM_PLUGINS", "tpu")
+    assert made(ServerConfig())[0].environment["VLLM_PLUGINS"] == "tpu,distill_score"
+    monkeypatch.setenv("VLLM_PLUGINS", "")
+    assert made(ServerConfig())[0].environment["VLLM_PLUGINS"] == "distill_score"
 
 
 @pytest.mark.parametrize("theirs", [("--dtype", "float16"), ("--dtype=float16",)])
