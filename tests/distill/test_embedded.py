@@ -343,7 +343,7 @@ async def test_a_crash_in_the_engine_fails_what_is_in_flight_and_no_more(
 
 async def test_a_closed_engine_says_so(start: Start) -> None:
     engine, server = start()
-    pending = asyncio.ensure_future(server.refuse(prompt=prompt(0), max_tokens=900))
+    pending = asyncio.ensure_future(server.refuse(prompt=prompt(0), max_tokens=900, ignore_eos=True))
     await asyncio.sleep(0.02)
     await engine.aclose()
     assert (await pending).status == 503

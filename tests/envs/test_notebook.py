@@ -137,6 +137,8 @@ import asyncio, os, signal, threading, time
 from envs.tool_env import ToolEnv
 from envs.types import Task
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits that it is ignored
+
 class Hanging(ToolEnv):
     ended = ""
     async def on_reset(self, task):
