@@ -13,10 +13,10 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit, urlunsplit
 
 from tools.types import ToolErrorKind, ToolFailure
@@ -24,21 +24,41 @@ from tools.types import ToolErrorKind, ToolFailure
 logger = logging.getLogger(__name__)
 Mode = Literal["live", "record", "replay"]
 MAX_URL_CHARS = 2000
+TOOL_SCHEME = "tool:"
 
 
 class PageStoreError(ValueError):
     """A page file or page record is broken; names file and line."""
 
 
+KEPT_HEADERS = ("content-type", "last-modified", "etag", "retry-after", "x-original-content-type")
+"""Response headers that a page keeps. No other is stored: they hold cookies, addresses and request ids."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PageError:
+    """A fetch that failed. It is stored as a page is, so that a replay fails in the same words."""
+
+    kind: str
+    """Value of a `ToolErrorKind`."""
+    message: str
+    """In words for the model."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in list(ToolErrorKind):
+            raise PageStoreError(f"page error of unknown kind {self.kind!r}; there are: {', '.join(ToolErrorKind)}")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Page:
-    """One page as it was fetched."""
+    """One page as it was fetched, or the failure to fetch it."""
 
     url: str
-    """What was asked for; absolute http or https."""
+    """What was asked for: absolute http or https, or the `tool_key` of a tool's request that has no URL of its own."""
     body: str
-    """The decoded body, as sent: not cleaned, not turned to text."""
+    """The decoded body, as sent: not cleaned, not turned to text. Empty for a PDF, which has `text` only."""
     status: int = 200
+    """HTTP status; 0 where there was no answer (`error`)."""
     final_url: str = ""
     """Where redirects ended; `url` if left empty."""
     content_type: str = "text/html"
@@ -47,16 +67,42 @@ class Page:
     """ISO 8601 in UTC; "" for a generated page."""
     sha256: str = ""
     """Of the body in UTF-8, hex. Computed if left empty, checked if given."""
+    text: str | None = None
+    """As the model reads it, before it is cut into pages: markdown. None: made from `body` when it is read."""
+    title: str = ""
+    headers: Mapping[str, str] = field(default_factory=dict, hash=False)
+    """Those of `KEPT_HEADERS` that were sent, in lower case."""
+    hops: tuple[str, ...] = ()
+    """URLs of the redirects, first to last. Empty without one."""
+    error: PageError | None = None
+    """Set if and only if the page could not be had."""
 
     def __post_init__(self) -> None:
         try:
             digest = hashlib.sha256(self.body.encode("utf-8")).hexdigest()
+            (self.text or "").encode("utf-8")
         except UnicodeEncodeError as error:
             raise PageStoreError(f"page {self.url}: the body is no Unicode text: {error.reason}") from None
         if self.sha256 not in ("", digest):
             raise PageStoreError(f"page {self.url}: sha256 is {self.sha256}, but the body's is {digest}")
         object.__setattr__(self, "sha256", digest)
         object.__setattr__(self, "final_url", self.final_url or self.url)
+        if not set(self.headers) <= set(KEPT_HEADERS):
+            unknown = sorted(set(self.headers) - set(KEPT_HEADERS))
+            raise PageStoreError(f"page {self.url}: header {unknown[0]!r} is not kept; use kept_headers")
+
+
+def kept_headers(headers: Mapping[str, str]) -> dict[str, str]:
+    """Of an answer's headers, in any case, those that a page keeps."""
+    lower = {name.lower(): value for name, value in headers.items()}
+    return {name: lower[name] for name in KEPT_HEADERS if name in lower}
+
+
+def tool_key(name: str, arguments: Mapping[str, Any]) -> str:
+    """The key of what a tool asked for: `tool:NAME?` and the arguments as JSON with sorted keys. API keys are no
+    arguments: they must not be in it."""
+    canonical = json.dumps(arguments, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return f"{TOOL_SCHEME}{name}?{canonical}"
 
 
 class Fetcher(Protocol):
@@ -179,8 +225,8 @@ class PageStore:
 
     def _add(self, page: Page, asked_for: str | None = None) -> None:
         try:
-            self._pages[asked_for or canonical_url(page.url)] = page
-            self._by_final_url[canonical_url(page.final_url)] = page
+            self._pages[asked_for or checked_key(page.url)] = page
+            self._by_final_url[checked_key(page.final_url)] = page
         except ValueError as error:
             raise PageStoreError(f"page {page.url!r}: {error}") from None
         self._manifest_hash = None
@@ -228,7 +274,8 @@ def write_pages(path: str | Path, pages: Iterable[Page]) -> int:
 
 
 _TYPES = {"url": str, "body": str, "status": int, "final_url": str, "content_type": str, "fetched_at": str,
-          "sha256": str}  # fmt: skip
+          "sha256": str, "text": str, "title": str, "headers": dict, "hops": list, "error": dict}  # fmt: skip
+_LEFT_OUT = ("title", "headers", "hops", "error")
 
 
 def _page_from_row(row: object, where: str) -> Page:
@@ -240,15 +287,47 @@ def _page_from_row(row: object, where: str) -> Page:
         if not isinstance(value, _TYPES[key]) or isinstance(value, bool):
             raise PageStoreError(f"{where}: {key} must be {_TYPES[key].__name__}, found {type(value).__name__}")
     try:
-        page = Page(**row)
-        canonical_url(page.url)
-        return page
-    except ValueError as error:
+        return page_from_row(row)
+    except (TypeError, ValueError) as error:
         raise PageStoreError(f"{where}: {error}") from None
 
 
+def page_from_row(row: Mapping[str, Any]) -> Page:
+    """
+    Raises:
+        TypeError, ValueError: a value is not what it should be.
+    """
+    values = dict(row)
+    for key, of in (("hops", row.get("hops", ())), ("headers", dict(row.get("headers", {})).values())):
+        if not all(isinstance(value, str) for value in of):
+            raise TypeError(f"{key} must hold strings only")
+    values["hops"] = tuple(row.get("hops", ()))
+    if row.get("error") is not None:
+        values["error"] = PageError(**row["error"])
+    page = Page(**values)
+    checked_key(page.url)
+    return page
+
+
+def checked_key(url: str) -> str:
+    """The key under which a page is stored: its canonical URL, or a `tool_key` as it is.
+
+    Raises:
+        ValueError: neither of the two.
+    """
+    return url if url.startswith(TOOL_SCHEME) else canonical_url(url)
+
+
+def page_to_row(page: Page) -> dict[str, Any]:
+    """The page as a JSON object; of the newer keys those that say nothing are left out."""
+    row = asdict(page)
+    if page.text is None:
+        del row["text"]
+    return {key: value for key, value in row.items() if value or key not in _LEFT_OUT}
+
+
 def _line(page: Page) -> str:
-    return json.dumps(asdict(page), ensure_ascii=False) + "\n"
+    return json.dumps(page_to_row(page), ensure_ascii=False) + "\n"
 
 
 def _append(path: Path, page: Page) -> None:
