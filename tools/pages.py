@@ -1,28 +1,26 @@
-"""A store of web pages with the modes live, record and replay.
+"""Web pages as records, and files of them. `tools.store` keeps them with the modes live, record and replay.
 
-`replay` never touches a network: a page that is not stored is a `not_found` error for the model. `record` fetches
-what is missing and appends it, so that the file replays the same run later. `live` fetches every time.
 File format: JSONL, one `Page` a line (docs/formats.md).
+
+    python -m tools.pages verify | stats | export | merge        # tools/pages_cli.py
 """
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from tools.types import ToolErrorKind, ToolFailure
+from tools.types import ToolErrorKind
 
 logger = logging.getLogger(__name__)
-Mode = Literal["live", "record", "replay"]
 MAX_URL_CHARS = 2000
 TOOL_SCHEME = "tool:"
 
@@ -105,14 +103,6 @@ def tool_key(name: str, arguments: Mapping[str, Any]) -> str:
     return f"{TOOL_SCHEME}{name}?{canonical}"
 
 
-class Fetcher(Protocol):
-    """Gets a page from the network. Guards against internal addresses and sizes are its duty."""
-
-    async def __call__(self, url: str) -> Page:
-        """Raises `ToolFailure` if the page cannot be had."""
-        ...
-
-
 def canonical_url(url: str) -> str:
     """The form under which pages are stored: lower-case scheme and host, no default port, no fragment.
 
@@ -135,101 +125,13 @@ def canonical_url(url: str) -> str:
     return urlunsplit((parts.scheme, host, parts.path or "/", parts.query, ""))
 
 
-class PageStore:
-    """Pages by canonical URL, in memory, backed by a file or not."""
+def checked_key(url: str) -> str:
+    """The key under which a page is stored: its canonical URL, or a `tool_key` as it is.
 
-    def __init__(self, pages: str | Path | Iterable[Page], mode: Mode = "replay", fetch: Fetcher | None = None) -> None:
-        """
-        Args:
-            pages: a JSONL file (which need not be there in mode `record`), or the pages themselves.
-            mode: `live`, `record` or `replay`.
-            fetch: gets pages in `live` and `record`.
-
-        Raises:
-            PageStoreError: a broken line, with file and line; a torn last line is dropped with a warning.
-            FileNotFoundError: no such file in mode `replay`.
-            ValueError: `live` or `record` without `fetch`.
-        """
-        if mode not in ("live", "record", "replay"):
-            raise ValueError(f"PageStore mode must be live, record or replay, got {mode!r}")
-        if mode != "replay" and fetch is None:
-            raise ValueError(f"PageStore mode {mode!r} needs fetch=, a function that gets a page")
-        self.mode = mode
-        self._fetch = fetch
-        self._path = Path(pages) if isinstance(pages, str | Path) else None
-        self._pages: dict[str, Page] = {}
-        self._by_final_url: dict[str, Page] = {}
-        self._locks: dict[str, asyncio.Lock] = {}
-        self._manifest_hash: str | None = None
-        if self._path is None:
-            source: Iterable[Page] = pages  # type: ignore[assignment]
-        elif mode == "replay" or self._path.exists():
-            source = read_pages(self._path)
-        else:
-            source = ()
-        for page in source:
-            self._add(page)
-        if mode == "record" and self._path is not None and self._path.exists():
-            _drop_torn_line(self._path)
-
-    def __len__(self) -> int:
-        return len(self._pages)
-
-    def __iter__(self) -> Iterator[Page]:
-        return iter(self._pages.values())
-
-    @property
-    def manifest_hash(self) -> str:
-        """SHA-256, hex, over what the stored pages answer: URL, final URL, status, content type and body hash, in the
-        order of the URLs. Equal hashes replay equally; the time of fetching does not count."""
-        if self._manifest_hash is None:
-            digest = hashlib.sha256()
-            for url in sorted(self._pages):
-                page = self._pages[url]
-                record = [url, page.final_url, page.status, page.content_type, page.sha256]
-                digest.update(json.dumps(record).encode() + b"\n")
-            self._manifest_hash = digest.hexdigest()
-        return self._manifest_hash
-
-    async def get(self, url: str) -> Page:
-        """The page at `url` (absolute).
-
-        Raises:
-            ToolFailure: `not_found` if a replay has no such page, `invalid_arguments` for what is no web URL, or
-                whatever the fetcher says.
-        """
-        try:
-            key = canonical_url(url)
-        except ValueError as error:
-            raise ToolFailure(f"cannot open this URL: {error}", ToolErrorKind.INVALID_ARGUMENTS) from None
-        if self.mode == "live":
-            return await self._fetched(key)
-        stored = self._pages.get(key) or self._by_final_url.get(key)
-        if stored is not None:
-            return stored
-        if self.mode == "replay":
-            raise ToolFailure(f"no page at {url}", ToolErrorKind.NOT_FOUND)
-        # One fetch a URL, however many episodes ask at once.
-        async with self._locks.setdefault(key, asyncio.Lock()):
-            stored = self._pages.get(key) or self._by_final_url.get(key)
-            if stored is None:
-                stored = await self._fetched(key)
-                self._add(stored, key)
-                if self._path is not None:
-                    _append(self._path, stored)
-        return stored
-
-    async def _fetched(self, url: str) -> Page:
-        assert self._fetch is not None
-        return await self._fetch(url)
-
-    def _add(self, page: Page, asked_for: str | None = None) -> None:
-        try:
-            self._pages[asked_for or checked_key(page.url)] = page
-            self._by_final_url[checked_key(page.final_url)] = page
-        except ValueError as error:
-            raise PageStoreError(f"page {page.url!r}: {error}") from None
-        self._manifest_hash = None
+    Raises:
+        ValueError: neither of the two.
+    """
+    return url if url.startswith(TOOL_SCHEME) else canonical_url(url)
 
 
 def read_pages(path: str | Path) -> Iterator[Page]:
@@ -250,7 +152,7 @@ def read_pages(path: str | Path) -> Iterator[Page]:
                     logger.warning("%s: the last line is torn and was dropped", where)
                     return
                 raise PageStoreError(f"{where}: no JSON: {error}") from None
-            yield _page_from_row(row, where)
+            yield _made(dict(checked_row(row, where)), where)
 
 
 def write_pages(path: str | Path, pages: Iterable[Page]) -> int:
@@ -262,7 +164,7 @@ def write_pages(path: str | Path, pages: Iterable[Page]) -> int:
     try:
         with open(handle, "w", encoding="utf-8", newline="\n") as file:
             for page in pages:
-                file.write(_line(page))
+                file.write(line_of(page))
                 count += 1
             file.flush()
             os.fsync(file.fileno())
@@ -273,79 +175,90 @@ def write_pages(path: str | Path, pages: Iterable[Page]) -> int:
     return count
 
 
-_TYPES = {"url": str, "body": str, "status": int, "final_url": str, "content_type": str, "fetched_at": str,
-          "sha256": str, "text": str, "title": str, "headers": dict, "hops": list, "error": dict}  # fmt: skip
+_ENTRY_TYPES = {"url": str, "status": int, "final_url": str, "content_type": str, "fetched_at": str, "sha256": str,
+                "title": str, "headers": dict, "hops": list, "error": dict}  # fmt: skip
+_PAGE_TYPES = {"url": str, "body": str} | _ENTRY_TYPES | {"text": str}
+_INDEX_TYPES = _ENTRY_TYPES | {"text_sha256": str}
 _LEFT_OUT = ("title", "headers", "hops", "error")
+_NO_ANSWER = ("fetched_at", "headers")
+"""What a reader of the page never sees."""
 
 
-def _page_from_row(row: object, where: str) -> Page:
-    if not isinstance(row, dict) or not {"url", "body"} <= row.keys():
-        raise PageStoreError(f"{where}: a page is an object with at least url and body")
-    for key, value in row.items():
-        if key not in _TYPES:
-            raise PageStoreError(f"{where}: unknown key {key!r}; a page has {', '.join(_TYPES)}")
-        if not isinstance(value, _TYPES[key]) or isinstance(value, bool):
-            raise PageStoreError(f"{where}: {key} must be {_TYPES[key].__name__}, found {type(value).__name__}")
-    try:
-        return page_from_row(row)
-    except (TypeError, ValueError) as error:
-        raise PageStoreError(f"{where}: {error}") from None
-
-
-def page_from_row(row: Mapping[str, Any]) -> Page:
-    """
-    Raises:
-        TypeError, ValueError: a value is not what it should be.
-    """
-    values = dict(row)
-    for key, of in (("hops", row.get("hops", ())), ("headers", dict(row.get("headers", {})).values())):
-        if not all(isinstance(value, str) for value in of):
-            raise TypeError(f"{key} must hold strings only")
-    values["hops"] = tuple(row.get("hops", ()))
-    if row.get("error") is not None:
-        values["error"] = PageError(**row["error"])
-    page = Page(**values)
-    checked_key(page.url)
-    return page
-
-
-def checked_key(url: str) -> str:
-    """The key under which a page is stored: its canonical URL, or a `tool_key` as it is.
-
-    Raises:
-        ValueError: neither of the two.
-    """
-    return url if url.startswith(TOOL_SCHEME) else canonical_url(url)
-
-
-def page_to_row(page: Page) -> dict[str, Any]:
-    """The page as a JSON object; of the newer keys those that say nothing are left out."""
-    row = asdict(page)
+def line_of(page: Page) -> str:
+    """The page as a line of a page file; of the newer keys those that say nothing are left out."""
+    row = {key: value for key, value in asdict(page).items() if value or key not in _LEFT_OUT}
     if page.text is None:
         del row["text"]
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def index_row(page: Page) -> dict[str, Any]:
+    """The page as an entry of an index: its row with a hash in the place of its text, and without its body."""
+    row = asdict(page)
+    del row["body"], row["text"]
+    if page.text is not None:
+        row["text_sha256"] = hashlib.sha256(page.text.encode()).hexdigest()
     return {key: value for key, value in row.items() if value or key not in _LEFT_OUT}
 
 
-def _line(page: Page) -> str:
-    return json.dumps(page_to_row(page), ensure_ascii=False) + "\n"
+def answer_hash(row: Mapping[str, Any]) -> bytes:
+    """SHA-256 of what an entry of an index answers to a reader: all but the time of fetching and the headers."""
+    answer = {key: value for key, value in row.items() if key not in _NO_ANSWER}
+    return hashlib.sha256(json.dumps(answer, sort_keys=True).encode()).digest()
 
 
-def _append(path: Path, page: Page) -> None:
-    """One write of one whole line, flushed to the disk: a crash leaves at most a torn last line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as file:
-        file.write(_line(page).encode("utf-8"))
-        file.flush()
-        os.fsync(file.fileno())
+def page_of_index(row: object, where: str, load: Callable[[str], str]) -> Page:
+    """The page of an entry of an index.
+
+    Args:
+        load: gives the text of a hash.
+
+    Raises:
+        PageStoreError: the entry is broken, or what it names.
+    """
+    values = dict(checked_row(row, where, index=True))
+    values["body"] = load(values["sha256"])
+    if "text_sha256" in values:
+        values["text"] = load(values.pop("text_sha256"))
+    return _made(values, where)
 
 
-def _drop_torn_line(path: Path) -> None:
-    with open(path, "rb+") as file:
-        data = file.read()
-        if data and not data.endswith(b"\n"):
-            last = data.rfind(b"\n") + 1
-            try:
-                json.loads(data[last:])
-                file.write(b"\n")  # whole, only its newline is missing
-            except ValueError:
-                file.truncate(last)
+def checked_row(row: object, where: str, *, index: bool = False) -> dict[str, Any]:
+    """A row whose keys are known and whose values have the right types.
+
+    Raises:
+        PageStoreError: naming `where` and the key.
+    """
+    types, needed = (_INDEX_TYPES, {"url", "sha256"}) if index else (_PAGE_TYPES, {"url", "body"})
+    if not isinstance(row, dict) or not needed <= row.keys():
+        raise PageStoreError(f"{where}: a page is an object with at least {' and '.join(sorted(needed)[::-1])}")
+    for key, value in row.items():
+        if key not in types:
+            raise PageStoreError(f"{where}: unknown key {key!r}; a page has {', '.join(types)}")
+        if not isinstance(value, types[key]) or isinstance(value, bool):
+            raise PageStoreError(f"{where}: {key} must be {types[key].__name__}, found {type(value).__name__}")
+    for key, inner in (("hops", row.get("hops", ())), *((key, row.get(key, {}).values()) for key in _OBJECTS)):
+        if not all(isinstance(value, str) for value in inner):
+            raise PageStoreError(f"{where}: {key} must hold strings only")
+    return row
+
+
+_OBJECTS = ("headers", "error")
+
+
+def _made(values: dict[str, Any], where: str) -> Page:
+    values["hops"] = tuple(values.get("hops", ()))
+    try:
+        if "error" in values:
+            values["error"] = PageError(**values["error"])
+        page = Page(**values)
+        checked_key(page.url)
+    except (TypeError, ValueError) as error:
+        raise PageStoreError(f"{where}: {error}") from None
+    return page
+
+
+if __name__ == "__main__":
+    from tools.pages_cli import main
+
+    raise SystemExit(main())

@@ -16,8 +16,9 @@ from pydantic import Field
 
 from tools.clean import clean_text
 from tools.html import PageText, html_to_text, short_url
-from tools.pages import Page, PageStore
+from tools.pages import Page
 from tools.search import Document, SearchIndex
+from tools.store import PageStore
 from tools.tool import State, Tool, ToolOutput, tool
 from tools.types import ToolErrorKind, ToolFailure
 

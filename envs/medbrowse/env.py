@@ -16,8 +16,9 @@ from envs.medbrowse.registry import SITE, Registry
 from envs.medbrowse.tasks import MAX_HOPS, make_tasks
 from envs.tool_env import OPEN_LIMITS, EnvSetupError, Grader, ToolEnv
 from envs.types import Limits, Message, Task
-from tools.pages import Page, PageStore
+from tools.pages import Page
 from tools.search import Document, SearchIndex
+from tools.store import PageStore
 from tools.tool import State, Tool, tool
 from tools.web import WebTools, documents_of
 

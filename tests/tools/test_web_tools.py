@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tools.pages import Page, PageStore
+from tools.pages import Page
 from tools.search import SearchIndex
+from tools.store import PageStore
 from tools.toolbox import Toolbox
 from tools.types import ToolCall, ToolErrorKind, ToolResult
 from tools.web import STATE_KEY, documents_of, split_pages, web_tools
