@@ -1,6 +1,6 @@
 """Starts one vLLM server: its command line, its environment, its log, and its end.
 
-The command goes through `distill.serving.keeper`, which ends the server's whole process group with the run.
+The command goes through `tools.keeper`, which ends the server's whole process group with the run.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from typing import Literal
 
 from agent_loop.transport import HttpTransport, TransportError
 from distill.config import ServerConfig
+from tools import keeper
 
 ROOT = Path(__file__).resolve().parents[2]
-KEEPER = Path(__file__).with_name("keeper.py")
+KEEPER = Path(keeper.__file__)
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM 0.32 takes for --max-lora-rank (vllm/config/lora.py)."""

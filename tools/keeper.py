@@ -1,9 +1,10 @@
 """Runs one command and ends its whole process group when the run ends, however it ends.
 
-    python keeper.py COMMAND...        # standard input: a pipe whose other end the run holds
+    python keeper.py [--grace=SECONDS] [--remove=FOLDER] COMMAND...     # standard input: a pipe whose other end the run holds
 
 The pipe closes with the run, `kill -9` included. The command's children are ended too when only the command itself was
-killed. Nothing but the standard library, so that it starts in no time and cannot fail for want of anything.
+killed, and the folder is removed then. Servers and browsers are started through it. Nothing but the standard library, so
+that it starts in no time and cannot fail for want of anything.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,14 +28,27 @@ def main() -> int:
     _prctl(PR_SET_CHILD_SUBREAPER, 1)  # children of the command that change their group become ours when it dies
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # a terminal's Ctrl-C is for the run to decide on
+    grace_s, folder, command = GRACE_S, "", sys.argv[1:]
+    while command[0].startswith("--"):
+        name, _, value = command.pop(0).partition("=")
+        if name == "--grace":
+            grace_s = float(value)
+        else:
+            folder = value
     process = subprocess.Popen(  # noqa: S603 - the command is the run's own
-        sys.argv[1:], stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_in_the_command
+        command,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=_in_the_command,
+        close_fds=False,  # pipes that the run passed on are the command's; our own are not inheritable
     )
     while process.poll() is None:
         ready, _, _ = select.select([0], [], [], 0.2)
         if ready and not os.read(0, 4096):
             break
-    end(process)
+    end(process, grace_s)
+    if folder:
+        shutil.rmtree(folder, ignore_errors=True)
     return process.returncode if process.returncode >= 0 else 128 - process.returncode
 
 
@@ -48,9 +63,9 @@ def _prctl(option: int, value: int) -> None:
         ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
-    """TERM to the command and all that it started, KILL to what is left of them after `GRACE_S`."""
-    deadline = time.monotonic() + (GRACE_S if process.poll() is None else 1.0)
+def end(process: subprocess.Popen[bytes], grace_s: float) -> None:
+    """TERM to the command and all that it started, KILL to what is left of them after `grace_s`."""
+    deadline = time.monotonic() + (grace_s if process.poll() is None else min(grace_s, 1.0))
     _signal(process.pid, signal.SIGTERM)
     asked = {process.pid}
     while time.monotonic() < deadline:
