@@ -1,10 +1,10 @@
 """Runs one command and ends its whole process group when the run ends, however it ends.
 
-    python keeper.py [--grace=SECONDS] [--remove=FOLDER] COMMAND...     # standard input: a pipe whose other end the run holds
+    python keeper.py [--grace=SECONDS] [--remove=FOLDER] COMMAND...   # standard input: a pipe that the run holds
 
 The pipe closes with the run, `kill -9` included. The command's children are ended too when only the command itself was
-killed, and the folder is removed then. Servers and browsers are started through it. Nothing but the standard library, so
-that it starts in no time and cannot fail for want of anything.
+killed, and the folder is removed then. Servers and browsers are started through it. Nothing but the standard library,
+so that it starts in no time and cannot fail for want of anything.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import sys
 import time
 from contextlib import suppress
 
+COMMAND = (sys.executable, "-I", "-S", __file__)
+"""What to start it with: without this folder on the module path, whose `types.py` is not Python's."""
 GRACE_S = 10.0
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 

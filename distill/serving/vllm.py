@@ -25,7 +25,6 @@ from distill.config import ServerConfig
 from tools import keeper
 
 ROOT = Path(__file__).resolve().parents[2]
-KEEPER = Path(keeper.__file__)
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM 0.32 takes for --max-lora-rank (vllm/config/lora.py)."""
@@ -67,7 +66,7 @@ class Server:
         with launch.log.open("ab") as log:
             self._log_start = log.tell()
             self._keeper = subprocess.Popen(  # noqa: S603 - the command is the configuration's
-                [sys.executable, str(KEEPER), *command],
+                [*keeper.COMMAND, *command],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
