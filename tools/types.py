@@ -63,6 +63,8 @@ class ToolErrorKind(StrEnum):
     """The tool's deadline passed; its task was cancelled."""
     NOT_FOUND = "not_found"
     """What was asked for does not exist (a page, a record, a replay entry)."""
+    BLOCKED = "blocked"
+    """A rule forbids it: the guard, a list of domains, robots.txt, or that only URLs that were seen may be opened."""
     EXECUTION = "execution"
     """The tool raised `ToolFailure` or an exception."""
     BUDGET = "budget"
