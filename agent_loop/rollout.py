@@ -122,6 +122,11 @@ async def run_episode(
     except EpisodeFailure as failure:
         episode.stop_reason = StopReason.ERROR
         episode.error = failure.record()
+    try:
+        with boundary("env"):
+            episode.metadata = env.episode_metadata()
+    except EpisodeFailure as failure:
+        episode.stop_reason, episode.error = StopReason.ERROR, failure.record()
     _finish(episode, actor, time.monotonic() - began)
     return episode
 

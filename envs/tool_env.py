@@ -106,6 +106,11 @@ class ToolEnv(gymnasium.Env[tuple[Message, ...], AssistantMessage]):
         """What the environment answers to a message without a call, under `termination_policy = "max_turns"`."""
         return {"role": "user", "content": "Go on. Call a tool."}
 
+    def episode_metadata(self) -> dict[str, Any]:
+        """JSON values for the episode's file, asked for at its end: what the episode was played against (the hash of a
+        page store's manifest)."""
+        return {}
+
     def grader(self) -> Grader:
         """Built once, and only where verification is on."""
         raise NotImplementedError(f"environment {self.env_id!r} has no grader; run it with skip_verification = true")

@@ -9,6 +9,7 @@ shared by many episodes at once.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any
 from urllib.parse import urljoin, urlsplit
 
@@ -98,24 +99,7 @@ class WebTools:
         opened: dict[str, Any] | None = state.get(STATE_KEY)
         if opened is None:
             raise ToolFailure("no page is open: browse one first")
-        wanted = " ".join(text.casefold().split())
-        if not wanted:
-            raise ToolFailure("the text is empty", ToolErrorKind.INVALID_ARGUMENTS)
-        lines = [
-            (number, line)
-            for number, page in enumerate(opened["pages"], start=1)
-            for line in page.splitlines()
-            if wanted in " ".join(line.casefold().split())
-        ]
-        if not lines:
-            return "no match"
-        several = len(opened["pages"]) > 1
-        shown = [
-            f"[page {number}] {_window(line, wanted)}" if several else _window(line, wanted)
-            for number, line in lines[:MAX_LINES_FOUND]
-        ]
-        more = len(lines) - len(shown)
-        return "\n".join(shown) + (f"\n({more} more)" if more else "")
+        return find_lines(text, opened["pages"])
 
     async def _get(self, url: str, state: dict[str, Any]) -> Page:
         """The page at `url`, resolved against the open page first, then against `base_url`."""
@@ -183,6 +167,32 @@ def documents_of(store: PageStore) -> list[Document]:
         words = _LINK.sub(r"\1", text.text)
         documents.append(Document(page.final_url, text.title or page.final_url, words))
     return documents
+
+
+def find_lines(text: str, pages: Sequence[str]) -> str:
+    """The lines of a page that hold a text, a part of each where they are long; "no match" if none does.
+
+    Raises:
+        ToolFailure: the text is empty.
+    """
+    wanted = " ".join(text.casefold().split())
+    if not wanted:
+        raise ToolFailure("the text is empty", ToolErrorKind.INVALID_ARGUMENTS)
+    lines = [
+        (number, line)
+        for number, page in enumerate(pages, start=1)
+        for line in page.splitlines()
+        if wanted in " ".join(line.casefold().split())
+    ]
+    if not lines:
+        return "no match"
+    several = len(pages) > 1
+    shown = [
+        f"[page {number}] {_window(line, wanted)}" if several else _window(line, wanted)
+        for number, line in lines[:MAX_LINES_FOUND]
+    ]
+    more = len(lines) - len(shown)
+    return "\n".join(shown) + (f"\n({more} more)" if more else "")
 
 
 def split_pages(text: str, page_chars: int) -> list[str]:
