@@ -47,7 +47,7 @@ class PageFolder:
     def __init__(self, path: Path, *, write: bool) -> None:
         """
         Args:
-            write: makes the folder if it is not there, and mends a torn last line before the next one is appended.
+            write: the folder need not be there; the first page makes it. A torn last line is mended then.
 
         Raises:
             PageStoreError: a broken line of the index, or an object that is missing.
@@ -62,15 +62,13 @@ class PageFolder:
         self._cache: OrderedDict[str, Page] = OrderedDict()
         self._read_bytes, self._num_lines = 0, 0
         index = path / INDEX
-        if write:
-            (path / OBJECTS).mkdir(parents=True, exist_ok=True)
-            index.touch()
-        elif not index.is_file():
+        if index.is_file():
+            with open(index, "rb") as file:
+                if self._take_lines(file):
+                    logger.warning("%s: the last line is torn and was dropped", index)
+            self._check_objects()
+        elif not write:
             raise FileNotFoundError(f"no page store at {path}: a folder with {INDEX} or a file NAME.jsonl is wanted")
-        with open(index, "rb") as file:
-            if self._take_lines(file):
-                logger.warning("%s: the last line is torn and was dropped", index)
-        self._check_objects()
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -103,7 +101,7 @@ class PageFolder:
         row = index_row(page)
         if page.text is not None:
             self._put(row["text_sha256"], page.text)
-        with self._lock, open(self.path / INDEX, "rb+") as file:
+        with self._lock, open(os.open(self.path / INDEX, os.O_RDWR | os.O_CREAT, 0o644), "rb+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(self._read_bytes)
             torn = self._take_lines(file)
@@ -172,7 +170,7 @@ class PageFolder:
     def _take_others(self) -> None:
         """What other processes have appended."""
         index = self.path / INDEX
-        if index.stat().st_size > self._read_bytes:
+        if index.is_file() and index.stat().st_size > self._read_bytes:
             with open(index, "rb") as file:
                 file.seek(self._read_bytes)
                 self._take_lines(file)
