@@ -1,15 +1,17 @@
 """Runs one command and ends its whole process group when the run ends, however it ends.
 
-    python keeper.py [--grace=SECONDS] [--remove=FOLDER] COMMAND...   # standard input: a pipe that the run holds
+    python keeper.py [--grace=SECONDS] [--remove=FOLDER] [--pipes=IN,OUT] COMMAND...
 
-The pipe closes with the run, `kill -9` included. The command's children are ended too when only the command itself was
-killed, and the folder is removed then. Servers and browsers are started through it. Nothing but the standard library,
-so that it starts in no time and cannot fail for want of anything.
+Standard input is a pipe that the run holds: it closes with the run, `kill -9` included. The command's children end too
+when only the command itself was killed, and the folder is removed then. Descriptors IN and OUT become the command's
+3 and 4. Servers and browsers are started through it. Nothing but the standard library, so that it starts in no time and
+cannot fail for want of anything.
 """
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import select
 import shutil
@@ -30,28 +32,42 @@ def main() -> int:
     _prctl(PR_SET_CHILD_SUBREAPER, 1)  # children of the command that change their group become ours when it dies
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # a terminal's Ctrl-C is for the run to decide on
-    grace_s, folder, command = GRACE_S, "", sys.argv[1:]
+    command = sys.argv[1:]
+    options = dict.fromkeys(("--grace", "--remove", "--pipes"), "")
     while command[0].startswith("--"):
-        name, _, value = command.pop(0).partition("=")
-        if name == "--grace":
-            grace_s = float(value)
-        else:
-            folder = value
+        name, _, options[name] = command.pop(0).partition("=")
+    grace_s = float(options["--grace"] or GRACE_S)
+    pipes = _as_3_and_4(options["--pipes"])
     process = subprocess.Popen(  # noqa: S603 - the command is the run's own
         command,
         stdin=subprocess.DEVNULL,
         start_new_session=True,
         preexec_fn=_in_the_command,
-        close_fds=False,  # pipes that the run passed on are the command's; our own are not inheritable
+        pass_fds=pipes,
     )
+    for pipe in pipes:  # so that their other ends hear of the command's end
+        os.close(pipe)
     while process.poll() is None:
         ready, _, _ = select.select([0], [], [], 0.2)
         if ready and not os.read(0, 4096):
             break
     end(process, grace_s)
-    if folder:
-        shutil.rmtree(folder, ignore_errors=True)
+    if options["--remove"]:
+        shutil.rmtree(options["--remove"], ignore_errors=True)
     return process.returncode if process.returncode >= 0 else 128 - process.returncode
+
+
+def _as_3_and_4(pipes: str) -> tuple[int, ...]:
+    if not pipes:
+        return ()
+    moved = []
+    for pipe in pipes.split(","):
+        moved.append(fcntl.fcntl(int(pipe), fcntl.F_DUPFD_CLOEXEC, 10))
+        os.close(int(pipe))
+    for number, high in enumerate(moved, start=3):
+        os.dup2(high, number)
+        os.close(high)
+    return (3, 4)
 
 
 def _in_the_command() -> None:
