@@ -56,7 +56,7 @@ async def ours(renderer: Renderer, policy: Recording, concurrent: int) -> float:
     limits = Limits(max_turns=2, max_turn_tokens=TURN_TOKENS, termination_policy="max_turns")
     jobs = [
         EpisodeJob(task=Task(id=str(i), messages=({"role": "user", "content": f"Find the number of page {i}."},)))
-        for i in range(max(4, 2 * concurrent))
+        for i in range(max(8, 2 * concurrent))
     ]
     with tempfile.TemporaryDirectory() as folder:
         writer = EpisodeWriter(Path(folder) / "episodes.jsonl")

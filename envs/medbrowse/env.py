@@ -1,17 +1,19 @@
 """The MedBrowse environment: find the answer in web pages and submit it.
 
-env = envs.make("medbrowse")                                        # an invented registry a task
-env = envs.make("medbrowse", pages="pubmedqa/pages.jsonl")          # any stored pages, with tasks of your own
+env = envs.make("medbrowse")                                                # an invented registry a task
+env = envs.make("medbrowse", pages="pubmedqa/pages.jsonl")                  # any stored pages, with tasks of your own
+env = envs.make("medbrowse", browse={"mode": "record", "store": "pages"})   # the web (docs/medbrowse.md), likewise
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
 from envs.medbrowse import graders
+from envs.medbrowse.live import LiveWeb
 from envs.medbrowse.registry import SITE, Registry
 from envs.medbrowse.tasks import MAX_HOPS, make_tasks
 from envs.tool_env import OPEN_LIMITS, EnvSetupError, Grader, ToolEnv
@@ -30,11 +32,13 @@ SPLITS = {"train": "train", "eval": "test", "test": "test"}
 
 
 class MedBrowseEnv(ToolEnv):
-    """Tools: `search(query)`, `browse(url, page=1)`, `find(text)`, `submit_answer(answer)`, which ends the episode.
+    """Tools: `search(query)`, `browse(url, page=1)`, `find(text)`, `submit_answer(answer)`, which ends the episode; on
+    the web further ones.
 
     Args:
         pages: a JSONL page store (docs/formats.md), which all tasks search. None: each task has an invented registry,
             drawn from the seed in its metadata.
+        browse: the table `[env_args.browse]`: the web or a recording of it (docs/medbrowse.md).
         registry_seed: of the environment's own tasks.
         split: `train` or `test`, the split that `reset` draws from when it is given no task.
         max_hops: 1 to 5: the question types up to this one (envs/medbrowse/README.md).
@@ -51,6 +55,7 @@ class MedBrowseEnv(ToolEnv):
         self,
         *,
         pages: str | Path | None = None,
+        browse: Mapping[str, Any] | None = None,
         registry_seed: int = 0,
         split: str = "train",
         max_hops: int = MAX_HOPS,
@@ -64,6 +69,9 @@ class MedBrowseEnv(ToolEnv):
             raise EnvSetupError(f"medbrowse: split must be train or test, got {split!r}")
         if not 1 <= max_hops <= MAX_HOPS:
             raise EnvSetupError(f"medbrowse: max_hops must be 1 to {MAX_HOPS}, got {max_hops}")
+        if pages is not None and browse is not None:
+            raise EnvSetupError("medbrowse: give either pages, which are searched, or browse, which is the web")
+        self._live = LiveWeb(browse, max_chars=limits.max_tool_output_chars) if browse is not None else None
         self._registry_seed, self._split, self._max_hops, self._num_chains = registry_seed, split, max_hops, num_chains
         self._stored = pages is not None
         store, index = (
@@ -75,6 +83,8 @@ class MedBrowseEnv(ToolEnv):
         super().__init__(limits=limits, tasks=tasks, skip_verification=skip_verification)
 
     def tools(self) -> Sequence[Tool]:
+        if self._live is not None:
+            return (*self._live.tools(), self.submit_answer)
         return (self._web.search, self._web.browse, self._web.find, self.submit_answer)
 
     @tool(ends_episode=True)
@@ -84,8 +94,8 @@ class MedBrowseEnv(ToolEnv):
         return "submitted"
 
     def default_tasks(self, split: str = "", num_tasks: int | None = None) -> Sequence[Task]:
-        """The invented registry's tasks: `num_tasks` of them, question types in turn. With `pages`, none."""
-        if self._stored:
+        """The invented registry's tasks: `num_tasks` of them, question types in turn. With `pages` or `browse`, none."""
+        if self._stored or self._live is not None:
             return ()
         chosen = split or self._split
         if chosen not in SPLITS:
@@ -99,12 +109,24 @@ class MedBrowseEnv(ToolEnv):
         )
 
     async def on_reset(self, task: Task) -> None:
-        if self._stored:
+        if self._live is not None:
+            await self._live.begin(self.state, task)
+        if self._stored or self._live is not None:
             return
         self._web.store, self._web.index = registry_pages(registry_of(task))
 
     def on_no_call(self, action: Any) -> Message:
         return {"role": "user", "content": "Call a tool; when you know the answer, submit_answer."}
+
+    def episode_metadata(self) -> dict[str, Any]:
+        if self._live is None and not self._stored:
+            return {}
+        store = self._live.store if self._live is not None else self._web.store
+        return {"pages": {"mode": store.mode, "manifest": store.manifest_hash}}
+
+    async def aclose(self) -> None:
+        if self._live is not None:
+            await self._live.aclose()
 
     def grader(self) -> Grader:
         return _grade
