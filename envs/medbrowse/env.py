@@ -16,6 +16,7 @@ from envs.medbrowse import graders
 from envs.medbrowse.live import LiveWeb
 from envs.medbrowse.registry import SITE, Registry
 from envs.medbrowse.tasks import MAX_HOPS, make_tasks
+from envs.medbrowse.web_tasks import web_tasks
 from envs.tool_env import OPEN_LIMITS, EnvSetupError, Grader, ToolEnv
 from envs.types import Limits, Message, Task
 from tools.pages import Page
@@ -94,12 +95,15 @@ class MedBrowseEnv(ToolEnv):
         return "submitted"
 
     def default_tasks(self, split: str = "", num_tasks: int | None = None) -> Sequence[Task]:
-        """The invented registry's tasks: `num_tasks` of them, question types in turn. With `pages` or `browse`, none."""
-        if self._stored or self._live is not None:
+        """The invented registry's tasks: `num_tasks` of them, question types in turn; on the web those of
+        `envs.medbrowse.web_tasks`, as many as there are. With `pages`, none."""
+        if self._stored:
             return ()
         chosen = split or self._split
         if chosen not in SPLITS:
             raise ValueError(f"medbrowse: split must be train or eval, got {chosen!r}")
+        if self._live is not None:
+            return web_tasks(self._registry_seed, num_tasks, split=SPLITS[chosen])
         return make_tasks(
             self._registry_seed,
             num_tasks if num_tasks is not None else NUM_TASKS,
@@ -156,9 +160,11 @@ def registry_pages(registry: Registry) -> tuple[PageStore, SearchIndex]:
 
 def _grade(task: Task, state: dict[str, Any], messages: Sequence[Message]) -> dict[str, float]:
     answer = state.get(ANSWER_KEY)
-    expected = task.metadata.get("answer")
-    if expected is None:
+    if "answer" not in task.metadata:
         raise ValueError(f"medbrowse: task {task.id!r} has no metadata.answer to grade by")
+    expected = task.metadata["answer"]
+    if expected is None:  # nobody knows it: not graded
+        return {}
     kind = str(task.metadata.get("question_type", ""))
     return {"success": float(graders.grade(kind, answer, str(expected))), "answered": float(answer is not None)}
 
