@@ -59,6 +59,9 @@ class BrowseConfig(BaseModel):
     """Address of the search service. none: SEARXNG_URL, or the provider's own."""
     tools: Annotated[tuple[TypedTool, ...], Strict(False)] = ("trial", "trials", "pubmed", "drug")
     """Typed tools over public interfaces: ClinicalTrials.gov, PubMed, openFDA and the Orange Book."""
+    orange_book: str | None = None
+    """The FDA's zip of the Orange Book's data files, or a folder of the three. none: downloaded when it is first asked
+    for."""
     contact: Annotated[str, AfterValidator(_contact)] = ""
     """A mail address or page of yours, which sites see in the User-Agent. Good manners, and PubMed asks for it."""
     allow: Texts = ()
