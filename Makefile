@@ -9,16 +9,19 @@ VLLM_VENV := .venv-vllm
 PIP := $(PY) -m pip install --disable-pip-version-check --quiet
 ENV ?= medbrowse
 
-.PHONY: demo test test-slow test-vllm check format bench setup dev clean
+.PHONY: demo test test-slow test-browser test-vllm check format bench setup dev clean
 
 demo: setup  ## train a small student on tool use, on this machine
 	$(PY) -m distill.run --env $(ENV)
 
 test: dev  ## the default tests: no network, no hub, no GPU
-	$(PY) -m pytest -m "not slow and not gpu and not vllm"
+	$(PY) -m pytest -m "not slow and not gpu and not vllm and not browser"
 
 test-slow: dev  ## whole runs: kill and resume, the CPU default on three seeds
-	$(PY) -m pytest -m "slow and not gpu and not vllm"
+	$(PY) -m pytest -m "slow and not gpu and not vllm and not browser"
+
+test-browser: dev  ## real Chromium, which must be installed (.ci/chromium), on servers of the tests' own
+	$(PY) -m pytest -m browser
 
 test-vllm: $(VLLM_VENV)/.dev  ## against real vLLM servers on this machine's CPU, which it installs
 	$(VLLM_VENV)/bin/python -m pytest -m vllm
@@ -39,6 +42,7 @@ bench: dev  ## the figures of bench/README.md, quick sizes
 	$(PY) -m bench.loss
 	$(PY) -m bench.loss_cost --quick
 	$(PY) -m bench.step
+	$(PY) -m bench.browse --pages 50
 
 setup: $(VENV)/.setup
 dev: $(VENV)/.dev
@@ -54,7 +58,7 @@ $(VENV)/.setup: pyproject.toml | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.setup
-	PYTHONWARNINGS=ignore $(PIP) -e '.[dev]'
+	PYTHONWARNINGS=ignore $(PIP) -e '.[dev,browse]'
 	@touch $@
 
 # The CUDA builds of torchvision and its like that come along cannot be imported beside a CPU torch; text models need none.
