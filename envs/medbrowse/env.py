@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from envs.medbrowse import graders
-from envs.medbrowse.live import LiveWeb
 from envs.medbrowse.registry import SITE, Registry
 from envs.medbrowse.tasks import MAX_HOPS, make_tasks
 from envs.medbrowse.web_tasks import web_tasks
@@ -24,6 +23,9 @@ from tools.search import Document, SearchIndex
 from tools.store import PageStore
 from tools.tool import State, Tool, tool
 from tools.web import WebTools, documents_of
+
+if TYPE_CHECKING:
+    from envs.medbrowse.live import LiveWeb
 
 ANSWER_KEY = "answer"
 """Key of the episode's state: what was submitted."""
@@ -72,7 +74,11 @@ class MedBrowseEnv(ToolEnv):
             raise EnvSetupError(f"medbrowse: max_hops must be 1 to {MAX_HOPS}, got {max_hops}")
         if pages is not None and browse is not None:
             raise EnvSetupError("medbrowse: give either pages, which are searched, or browse, which is the web")
-        self._live = LiveWeb(browse, max_chars=limits.max_tool_output_chars) if browse is not None else None
+        self._live: LiveWeb | None = None
+        if browse is not None:
+            from envs.medbrowse.live import LiveWeb
+
+            self._live = LiveWeb(browse, max_chars=limits.max_tool_output_chars)
         self._registry_seed, self._split, self._max_hops, self._num_chains = registry_seed, split, max_hops, num_chains
         self._stored = pages is not None
         store, index = (
