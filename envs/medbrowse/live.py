@@ -25,6 +25,9 @@ from tools.store import PageStore
 from tools.tool import Tool
 from tools.way_out import crawl_settings, guard_of, services
 
+GRACE_S = 5.0
+"""A session keeps its own deadline; should it ever not, it is cut off so much later."""
+
 
 class LiveWeb:
     """What one environment has of the web. Nothing is opened before the first page is fetched.
@@ -74,7 +77,7 @@ class LiveWeb:
             max_chars=max_chars,
             num_hits=config.num_hits,
             only_seen_urls=config.only_seen_urls,
-            timeout_s=config.timeout_s,
+            timeout_s=config.timeout_s + GRACE_S,
         )
         typed = medical_tools(
             config.tools,
