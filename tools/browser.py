@@ -55,6 +55,12 @@ class _Generation:
         self.opened = 0
         self.open = 0
         self.retired = False
+        self.ending: dict[str, asyncio.Future[None]] = {}
+        """Targets that are being closed."""
+
+    def ended(self, target: str) -> asyncio.Future[None]:
+        """Done when the target is gone, or the browser."""
+        return self.ending.setdefault(target, asyncio.get_running_loop().create_future())
 
     @property
     def fit(self) -> bool:
@@ -152,7 +158,7 @@ class Browser:
                 await tab.prepare()
                 yield tab
             except (TimeoutError, CallFailed) as error:
-                logger.warning("the browser opened no page (%s); it is replaced", type(error).__name__)
+                logger.warning("the browser opened no page (%r); it is replaced", error)
                 self._retire(generation)
                 raise TabFailed("the browser opened no page") from None
             finally:
@@ -161,17 +167,19 @@ class Browser:
     async def _close_tab(self, generation: _Generation, target: str, tab: Tab | None) -> None:
         try:
             if tab is not None:
-                await tab.close()
-            elif target:
-                await generation.chromium.connection.call(
-                    "Target.closeTarget", targetId=target, timeout_s=CALL_TIMEOUT_S
-                )
+                tab.detach()
+            if target:
+                # The answer comes before the page is gone, and for a page that is stuck it never goes.
+                connection, ended = generation.chromium.connection, generation.ended(target)
+                await connection.call("Target.closeTarget", targetId=target, timeout_s=CALL_TIMEOUT_S)
+                await asyncio.wait_for(ended, CALL_TIMEOUT_S)
         except (CallFailed, BrowserGone):
             pass  # it is not there any more
         except TimeoutError:
             logger.warning("a page could not be closed; its browser is replaced")
             self._retire(generation)
         finally:
+            generation.ending.pop(target, None)
             generation.open -= 1
             self._end_if_done(generation)
 
@@ -298,6 +306,11 @@ def _on_event(generation: _Generation, method: str, params: dict[str, Any]) -> N
         # A window that a page opened, and what outlives a page: nobody reads them.
         if target.get("openerId") or target["type"] in ("service_worker", "shared_worker"):
             _send(generation, "Target.closeTarget", targetId=target["targetId"])
+    elif method in ("Target.targetDestroyed", "Inspector.detached"):
+        gone = [params["targetId"]] if params else list(generation.ending)
+        for name in gone:
+            if (ended := generation.ending.get(name)) is not None and not ended.done():
+                ended.set_result(None)
 
 
 def _send(generation: _Generation, method: str, **params: Any) -> None:

@@ -125,8 +125,11 @@ class Connection:
             if not future.done():
                 future.set_exception(BrowserGone("the browser has ended"))
         self._calls.clear()
-        self._write_transport.abort()
-        self._read_transport.close()
+        for handler in list(self.handlers.values()):
+            handler("Inspector.detached", {})
+        for transport in (self._write_transport, self._read_transport):
+            if not transport.is_closing():
+                transport.close()
 
     async def aclose(self) -> None:
         """Closes the pipes, upon which the browser ends."""

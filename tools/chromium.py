@@ -67,6 +67,7 @@ FLAGS = (
     "--disable-client-side-phishing-detection",
     "--disable-component-extensions-with-background-pages",
     "--disable-component-update",
+    "--component-updater=url-source=http://127.0.0.1:1/",  # the flag above does not stop its first question
     "--disable-crash-reporter",
     "--disable-default-apps",
     "--disable-domain-reliability",

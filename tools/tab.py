@@ -25,8 +25,8 @@ MAX_NAVIGATIONS = 5
 AWAITED = frozenset({"Script", "XHR", "Fetch", "Stylesheet"})
 """What may change the text of a page. Frames, pings, streams and sockets are not waited for."""
 
-UNREAD = ("CSPViolationReport", "Font", "Image", "Manifest", "Media", "Other", "Ping", "Prefetch", "TextTrack")
-"""What no text comes from (`Other`: icons): it is not loaded."""
+UNREAD = ("Font", "Image", "Media", "Other")
+"""Kinds of requests that no text comes from (`Other`: icons, prefetching): they are not let out."""
 CRASHED = "the page crashed, or took more memory than a page may have"
 
 _READ = """(() => {
@@ -152,17 +152,11 @@ class Tab:
             quiet=quiet,
         )
 
-    async def close(self, *, timeout_s: float = CALL_TIMEOUT_S) -> None:
-        """Ends the page.
-
-        Raises:
-            TimeoutError: the browser does not get rid of it.
-        """
+    def detach(self) -> None:
+        """Hears and answers nothing any more; `Browser` closes the target."""
         self._connection.handlers.pop(self._session, None)
         for task in self._answers:
             task.cancel()
-        with suppress(CallFailed, BrowserGone):
-            await self._connection.call("Target.closeTarget", targetId=self.target, timeout_s=timeout_s)
 
     def _is_quiet(self) -> bool:
         return self._state.parsed and not self._state.running
@@ -180,10 +174,10 @@ class Tab:
             wait_until = min(quiet_at, deadline) if self._is_quiet() else deadline
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), max(0.001, wait_until - now))
-            if self._crash.done():
-                raise TabFailed(CRASHED)
             if self._connection.gone:
                 raise BrowserGone("the browser has ended")
+            if self._crash.done():
+                raise TabFailed(CRASHED)
 
     async def _read(self, max_chars: int) -> dict[str, Any]:
         # In a world of its own: a page cannot put its own functions in the place of those that are used here.
@@ -204,9 +198,12 @@ class Tab:
         answer = self._connection.send(method, self._session, **params)
         either: set[asyncio.Future[Any]] = {answer, self._crash}
         await asyncio.wait(either, timeout=CALL_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
+        if self._connection.gone:
+            raise BrowserGone("the browser has ended")
         if self._crash.done():
             raise TabFailed(CRASHED)
         if not answer.done():
+            self._connection.send("Runtime.terminateExecution", self._session)  # so that the page can be closed
             raise TabStuck("the page's scripts never end")
         return answer.result()
 
@@ -270,8 +267,8 @@ class Tab:
                 allowed = await asyncio.wait_for(self._allowed(url), CALL_TIMEOUT_S)
             except TimeoutError:
                 allowed = False
-        if not allowed:
-            self._answer("Fetch.failRequest", requestId=request_id, errorReason="Aborted")
+        if not allowed:  # "no content": the page stays where it is
+            self._answer("Fetch.fulfillRequest", requestId=request_id, responseCode=204)
             return
         if main:
             self._state.navigations.append(url)

@@ -240,7 +240,9 @@ class _Worker:
 
     async def aclose(self) -> None:
         for transport in self._transports:
-            transport.abort() if isinstance(transport, asyncio.WriteTransport) else transport.close()
+            if isinstance(transport, asyncio.WriteTransport) and not transport.is_closing():
+                transport.abort()
+            transport.close()
         process, self._process = self._process, None
         if process is not None:
             assert process.stdin is not None
