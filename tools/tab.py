@@ -70,6 +70,9 @@ class Rendered:
     """A URL to which the page sent the reader and at which there is no HTML but a file; not loaded."""
     quiet: bool
     """False if the page was still loading when its time was up."""
+    whole: bool
+    """False if the browser did not parse the document to its end: a script that it waited for did not come, or a
+    script sent the reader to a place that is not allowed."""
 
 
 Allowed = Callable[[str], Awaitable[bool]]
@@ -82,6 +85,8 @@ class _State:
 
     frame: str = ""
     parsed: bool = False
+    refused: bool = False
+    """The page was not let go elsewhere. Chromium stops parsing a page that wanted to."""
     running: set[str] = field(default_factory=set)
     last_change: float = field(default_factory=time.monotonic)
     navigations: list[str] = field(default_factory=list)
@@ -150,6 +155,7 @@ class Tab:
             hops=tuple(state.navigations[1:]),
             elsewhere=state.elsewhere,
             quiet=quiet,
+            whole=state.parsed,
         )
 
     def detach(self) -> None:
@@ -159,7 +165,7 @@ class Tab:
             task.cancel()
 
     def _is_quiet(self) -> bool:
-        return self._state.parsed and not self._state.running
+        return (self._state.parsed or self._state.refused) and not self._state.running
 
     async def _until_quiet(self, deadline: float) -> bool:
         """True once nothing has happened for `QUIET_S`; False at the deadline."""
@@ -232,6 +238,8 @@ class Tab:
     def _on_response(self, params: dict[str, Any]) -> None:
         if params.get("type") == "Document" and params.get("frameId") == self._state.frame:
             response = params["response"]
+            if response["status"] == 204:  # a page that was not let go
+                return
             self._state.status = int(response["status"])
             kind = str(response.get("mimeType", "")).lower()
             if kind not in ("text/html", "application/xhtml+xml", "") and len(self._state.navigations) > 1:
@@ -268,6 +276,8 @@ class Tab:
             except TimeoutError:
                 allowed = False
         if not allowed:  # "no content": the page stays where it is
+            self._state.refused = self._state.refused or main
+            self._change()
             self._answer("Fetch.fulfillRequest", requestId=request_id, responseCode=204)
             return
         if main:
