@@ -70,7 +70,9 @@ class Robots:
         now = time.monotonic()
         try:
             status, body = await self._get(f"{origin}/robots.txt")
-        except ToolFailure:
+        except ToolFailure as failure:
+            if failure.kind in (ToolErrorKind.BLOCKED, ToolErrorKind.NOT_FOUND):
+                raise  # the page cannot be had either: the guard refuses, or there is no such host
             return _Rules(None, False, now + RETRY_S)
         if status >= 500 or status == 429:
             return _Rules(None, False, now + RETRY_S)
