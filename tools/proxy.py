@@ -29,6 +29,7 @@ CHUNK = 65_536
 METHODS = ("GET", "HEAD", "OPTIONS", "POST")
 GUARD_HEADER = "x-distill-gym-guard"
 """Of an answer that the proxy gives itself, in place of the site: what was wrong."""
+STATUS_OF = {ToolErrorKind.TIMEOUT: 504, ToolErrorKind.NOT_FOUND: 502, ToolErrorKind.INVALID_ARGUMENTS: 400}
 _TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _HOP_BY_HOP = frozenset(
     b"connection keep-alive proxy-connection proxy-authorization proxy-authenticate te trailer upgrade".split()
@@ -106,8 +107,7 @@ class Proxy:
         except _Bad as bad:
             await _say(writer, bad.status, str(bad))
         except ToolFailure as failure:
-            status = 504 if failure.kind is ToolErrorKind.TIMEOUT else 502 if _is_absent(failure) else 403
-            await _say(writer, status, failure.kind.value)
+            await _say(writer, STATUS_OF.get(failure.kind, 403), failure.kind.value)
         except (OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
             pass
         finally:
@@ -145,21 +145,24 @@ class Proxy:
             ToolFailure: by the guard.
             _Bad: not an absolute http URL, or more than host and port after CONNECT.
         """
-        parts = urlsplit(url)
-        if method == "CONNECT" and (parts.path != "/" or parts.query or parts.fragment or parts.port is None):
-            # A port of 443 is dropped by none but us: the browser always names it.
+        try:
+            parts = urlsplit(url)
+            port = parts.port
+        except ValueError:
+            raise _Bad(400, "this is no URL") from None
+        if method == "CONNECT" and (parts.path != "/" or parts.query or parts.fragment or port is None):
             raise _Bad(400, "CONNECT wants host:port")
         if method != "CONNECT" and parts.scheme != "http":
             raise _Bad(400, "only absolute http URLs are forwarded")
         try:
             return self.guard.check_url(url)
         except ToolFailure:
-            self._count(parts.hostname or "?", _port(parts.netloc))
+            self._count(parts.hostname or "?", port or 80)
             raise
 
-    def _count(self, host: str, port: int | None) -> None:
+    def _count(self, host: str, port: int) -> None:
         if len(self.refused) < 10_000:  # a page may make names up without end
-            self.refused[f"{host}:{port or 80}"] += 1
+            self.refused[f"{host}:{port}"] += 1
 
     async def _dial(self, target: Target) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """A connection to one of the checked addresses.
@@ -285,15 +288,6 @@ def _request_head(method: str, target: Target, headers: list[tuple[bytes, bytes]
 
 def _name(line: bytes) -> bytes:
     return line.partition(b":")[0].strip().lower()
-
-
-def _port(netloc: str) -> int | None:
-    digits = netloc.rpartition(":")[2]
-    return int(digits) if digits.isdigit() and len(digits) <= 5 else None
-
-
-def _is_absent(failure: ToolFailure) -> bool:
-    return failure.kind is ToolErrorKind.NOT_FOUND
 
 
 async def _say(writer: asyncio.StreamWriter, status: int, reason: str) -> None:
