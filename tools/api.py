@@ -16,9 +16,8 @@ import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
-from urllib.parse import quote, quote_plus, urlencode
+from urllib.parse import quote, quote_plus, urlencode, urlsplit
 
 from tools.clean import clean_text
 from tools.pages import Page, kept_headers
@@ -31,11 +30,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+MAX_BYTES = 5_000_000
+"""Of one answer that is read as data."""
 NUM_TRIES = 3
 BUSY = (429, 502, 503, 504)
-"""Statuses after which a request is tried again."""
-MAX_WAIT_S = 10.0
-"""A service that wants to be left alone for longer is not asked again."""
+"""Statuses after which a request is tried again, after 1 s and 2 s."""
 
 T = TypeVar("T")
 
@@ -115,6 +114,8 @@ class Api:
 
         async def fetch() -> Page:
             fetched = await self.fetch(request, empty=empty)
+            if len(fetched.body) > MAX_BYTES:
+                raise ToolFailure(f"{self.name} answered with more than {MAX_BYTES / 1e6:g} MB; ask for less")
             body = self.cleaned(decoded(fetched))
             if fetched.status not in empty:
                 self._read(read, body)  # what is no data is recorded as the failure it is
@@ -146,11 +147,17 @@ class Api:
         except TimeoutError:
             raise ToolFailure(f"no answer from {self.name} in {self._timeout_s:g} s", ToolErrorKind.TIMEOUT) from None
         except ToolFailure as failure:
-            raise ToolFailure(f"{self.name}: {self.cleaned(str(failure))}", failure.kind) from None
+            raise ToolFailure(self._in_words(request, str(failure)), failure.kind) from None
         if 200 <= fetched.status < 300 or fetched.status in empty:
             return fetched
         logger.warning("%s answered with status %d: %s", self.name, fetched.status, self._said(fetched))
         raise ToolFailure(_refusal(self.name, fetched.status))
+
+    def _in_words(self, request: Request, said: str) -> str:
+        """A failure of the client with the service's name in place of its host, which may be one of an intranet."""
+        said = self.cleaned(said)
+        host = urlsplit(request.url).hostname or ""
+        return said.replace(host, self.name) if host and host in said else f"{self.name}: {said}"
 
     def cleaned(self, text: str) -> str:
         """The text without any secret."""
@@ -164,10 +171,10 @@ class Api:
                 fetched = await client.get(url, headers=request.headers)
             else:
                 fetched = await client.post_json(url, request.payload, headers=request.headers)
-            wait_s = _seconds(fetched.headers.get("retry-after", ""), default=float(2**number))
-            if fetched.status not in BUSY or number == NUM_TRIES - 1 or wait_s > MAX_WAIT_S:
+            # A host that says when to come again has been asked again by the client.
+            if fetched.status not in BUSY or "retry-after" in fetched.headers or number == NUM_TRIES - 1:
                 break
-            await asyncio.sleep(wait_s)
+            await asyncio.sleep(2**number)
         return fetched
 
     def _read(self, read: Callable[[str], T], body: str) -> T:
@@ -244,13 +251,3 @@ def _refusal(name: str, status: int) -> str:
     if status >= 500:
         return f"{name} is out of order (status {status}); try again later or use another tool"
     return f"{name} does not take this request (status {status}); ask it in other words"
-
-
-def _seconds(retry_after: str, *, default: float) -> float:
-    """Seconds of a Retry-After header: a number, or a date."""
-    if retry_after.strip().isdecimal():
-        return float(retry_after)
-    try:
-        return max(0.0, (parsedate_to_datetime(retry_after) - datetime.now(UTC)).total_seconds())
-    except (ValueError, TypeError):
-        return default

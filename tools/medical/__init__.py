@@ -60,7 +60,7 @@ def medical_tools(
         timeout_s: seconds one answer of a service may take.
 
     Raises:
-        ValueError: no such tool.
+        ValueError: no such tool, or no such path of the Orange Book.
     """
     ncbi_key, fda_key = (environment.get(name, "").strip() for name in ("NCBI_API_KEY", "OPENFDA_API_KEY"))
     secrets = [key for key in (ncbi_key, fda_key) if key]

@@ -144,7 +144,7 @@ def _application(rows: list[Row], entry: Mapping[str, Any]) -> Iterator[str]:
     form = joined(first["df;route"].replace(";", ", "), *dict.fromkeys(row["strength"] for row in rows))
     what = joined(first["trade_name"], f"({form})" if form else "", between=" ")
     kind = {"DISCN": "discontinued", "OTC": "over the counter"}.get(first["type"], "")
-    approved = f"approved {first['approval_date']}" if first["approval_date"] else ""
+    approved = f"approved {first['approval_date']}" if day_of(first["approval_date"]) else first["approval_date"]
     yield f"- {number} " + joined(what, first["ingredient"], _company(first), approved, kind)
     keys = {product_key(row) for row in rows}
     patents = _dated(entry, "patents", keys, "patent_no", "patent_expire_date_text")

@@ -233,7 +233,7 @@ class OrangeBookSource:
     """The book, from a path or downloaded, and what was recorded of it.
 
     Raises:
-        FileNotFoundError: no such path, and the store does not only replay.
+        OrangeBookError: no such path, and the store does not only replay.
     """
 
     def __init__(self, api: Api, source: str | Path) -> None:
@@ -242,7 +242,7 @@ class OrangeBookSource:
         if not str(source).startswith(("http://", "https://")):
             self._source = Path(source)
             if api.store.mode != "replay" and not self._source.exists():
-                raise FileNotFoundError(f"the Orange Book's files: there is no {source}")
+                raise OrangeBookError(f"orange_book: there is no {source}; name the FDA's zip, or its folder")
 
     async def find(self, name: str) -> tuple[dict[str, Any], Page]:
         """The entry of a name in upper case (`OrangeBook.entry`), and the page it is stored as.

@@ -149,7 +149,8 @@ def _article(article: ET.Element, pmid: str) -> Iterator[str]:
     parts = list(article.iterfind(".//Article/Abstract/AbstractText"))
     yield "Abstract:" if parts else "(no abstract)"
     for part in parts:
-        yield line(part.get("Label", "").capitalize(), _of(part, 8000)) or _of(part, 8000)
+        label = one_line(part.get("Label", ""), 100).capitalize()
+        yield joined(label, _of(part, 8000), between=": ")
 
 
 def _author(author: ET.Element) -> str:

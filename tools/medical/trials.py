@@ -126,9 +126,8 @@ def _row(study: Any) -> str:
     dates = joined(
         text_at(status, "startDateStruct", "date"), text_at(status, "completionDateStruct", "date"), between=" to "
     )
-    drugs = [
-        text_at(row, "name", max_chars=80) for row in rows_at(protocol, "armsInterventionsModule", "interventions")
-    ]
+    interventions = rows_at(protocol, "armsInterventionsModule", "interventions")
+    drugs = few([name for row in interventions if (name := text_at(row, "name", max_chars=80))], 6)
     facts = joined(
         text_at(status, "overallStatus"),
         "/".join(texts_at(protocol, "designModule", "phases")),
@@ -138,8 +137,8 @@ def _row(study: Any) -> str:
         "has results" if at(study, "hasResults") is True else "",
         between="; ",
     )
-    text = f"- {_title(study, 'trial without a number', max_chars=200)}\n  {facts}"
-    return f"{text}\n  drugs: {drugs}" if drugs else text
+    head = f"- {_title(study, 'trial without a number', max_chars=200)}"
+    return joined(head, facts, line("drugs", drugs), between="\n  ")
 
 
 def _title(study: Any, number: str, *, max_chars: int = 400) -> str:
