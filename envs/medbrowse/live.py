@@ -15,6 +15,7 @@ from weakref import WeakValueDictionary
 from envs.tool_env import EnvSetupError
 from envs.types import Task
 from tools.browse_config import BrowseConfig, BrowseConfigError, browse_config
+from tools.chromium import BrowserMissing, find_chromium
 from tools.crawl import Session
 from tools.fetch import Fetched
 from tools.medical import medical_tools
@@ -22,6 +23,7 @@ from tools.open_web import OpenWebTools
 from tools.pages import Page, PageStoreError
 from tools.providers import search_provider
 from tools.store import PageStore
+from tools.text import Converter, ConverterMissing
 from tools.tool import Tool
 from tools.way_out import crawl_settings, guard_of, services
 
@@ -45,10 +47,14 @@ class LiveWeb:
         self._session: Session | None = None
         try:
             self.config = browse_config(browse)
+            if self.config.mode != "replay":
+                _check_installed(self.config)
             self.store = _shared_store(self.config)
             self._tools = self._make_tools(max_chars)
         except FileNotFoundError as error:
             raise EnvSetupError(f"medbrowse: env_args.browse.store: {error}") from None
+        except (BrowserMissing, ConverterMissing) as error:
+            raise EnvSetupError(f"medbrowse: env_args.browse: {error}") from None
         except BrowseConfigError as error:
             raise EnvSetupError("\n".join(f"medbrowse: env_args.{line}" for line in str(error).splitlines())) from None
         except PageStoreError:
@@ -58,6 +64,7 @@ class LiveWeb:
 
     def _make_tools(self, max_chars: int) -> tuple[Tool, ...]:
         config = self.config
+        guard = guard_of(config)
         client = None if config.mode == "replay" else _LateClient(config)
         search = None
         if config.search != "none":
@@ -65,7 +72,7 @@ class LiveWeb:
                 config.search,
                 store=self.store,
                 client=client,
-                guard=guard_of(config),
+                guard=guard,
                 url=config.search_url,
                 timeout_s=config.timeout_s,
             ).search
@@ -124,6 +131,17 @@ class _LateClient:
 
     async def post_json(self, url: str, payload: Any, *, headers: Mapping[str, str] | None = None) -> Fetched:
         return await (await services(self._config)).post_json(url, payload, headers=headers)
+
+
+def _check_installed(config: BrowseConfig) -> None:
+    """What pages are read with must be there before a run, not at the first page: there it would be the model's error.
+
+    Raises:
+        ConverterMissing, BrowserMissing: it is not.
+    """
+    Converter()
+    if config.engine == "browser" or config.executable is not None:
+        find_chromium(config.executable)
 
 
 _stores: WeakValueDictionary[tuple[Path, str], PageStore] = WeakValueDictionary()

@@ -112,6 +112,22 @@ async def test_an_episode_token_for_token(tiny: Renderer) -> None:
     ]
     assert trace.num_trained == episode.num_sampled == sum((t.end or 0) - (t.start or 0) for t in episode.turns)
     assert set(episode.timing) == {"sample", "env", "total"}
+    assert episode.metadata == {}
+
+
+async def test_an_environment_says_what_was_played_against(tiny: Renderer) -> None:
+    class Stored(Adding):
+        def episode_metadata(self) -> dict[str, Any]:
+            return {"pages": {"turns": len(self.messages)}}
+
+    class Broken(Adding):
+        def episode_metadata(self) -> dict[str, Any]:
+            raise OSError("no manifest")
+
+    assert (await play(tiny, CALL, "19", env=Stored())).metadata == {"pages": {"turns": 4}}
+    episode = await play(tiny, CALL, "19", env=Broken())
+    assert episode.error is not None
+    assert (episode.stop_reason, episode.error.boundary, len(episode.turns)) == (StopReason.ERROR, "env", 2)
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,9 @@ def test_environments_share_a_store(store: Path) -> None:
         ({"browse": {"mode": "replay", "store": "/nowhere/pages"}}, r"env_args\.browse\.store: no page store at"),
         ({"browse": {"mode": "live", "stor": "x"}}, r"env_args\.browse\.stor: there is no such key; there are: mode"),
         ({"browse": {"mode": "live"}, "pages": "x.jsonl"}, "either pages"),
+        ({"browse": {"mode": "live", "executable": "/no/chrome"}}, "/no/chrome"),
+        ({"browse": {"mode": "live", "search": "searxng", "search_url": "ftp://x/"}}, "address of SearXNG"),
+        ({"browse": {"mode": "live", "open_addresses": ["x"]}}, "open_addresses"),
         ({"browse": {"mode": "live"}, "limits": Limits(max_tool_output_chars=500)}, "max_chars must be at least"),
     ],
 )
