@@ -147,17 +147,22 @@ class Api:
         except TimeoutError:
             raise ToolFailure(f"no answer from {self.name} in {self._timeout_s:g} s", ToolErrorKind.TIMEOUT) from None
         except ToolFailure as failure:
-            raise ToolFailure(self._in_words(request, str(failure)), failure.kind) from None
+            raise self._in_words(request, failure) from None
         if 200 <= fetched.status < 300 or fetched.status in empty:
             return fetched
         logger.warning("%s answered with status %d: %s", self.name, fetched.status, self._said(fetched))
         raise ToolFailure(_refusal(self.name, fetched.status))
 
-    def _in_words(self, request: Request, said: str) -> str:
-        """A failure of the client with the service's name in place of its host, which may be one of an intranet."""
-        said = self.cleaned(said)
+    def _in_words(self, request: Request, failure: ToolFailure) -> ToolFailure:
+        """A failure of the client, with the service's name in place of its host, which may be one of an intranet."""
+        said = self.cleaned(str(failure))
+        if failure.kind is ToolErrorKind.BLOCKED:
+            # What forbids it is the user's to mend; a redirect may have led to an address that is not to be told.
+            logger.warning("%s cannot be used: %s", self.name, said)
+            return ToolFailure(f"{self.name} cannot be used here; use another tool", failure.kind)
         host = urlsplit(request.url).hostname or ""
-        return said.replace(host, self.name) if host and host in said else f"{self.name}: {said}"
+        said = said.replace(host, self.name) if host and host in said else f"{self.name}: {said}"
+        return ToolFailure(said, failure.kind)
 
     def cleaned(self, text: str) -> str:
         """The text without any secret."""

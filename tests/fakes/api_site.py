@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from aiohttp import web
 from aiohttp.test_utils import TestServer, unused_port
@@ -48,6 +49,8 @@ class ApiSite:
     url: str
     guard: Guard
     client: HttpClient
+    name: str = field(default_factory=lambda: uuid4().hex)
+    """Of this site alone: ports come again."""
     replies: dict[str, list[Reply]] = field(default_factory=dict)
     """By path: each is given once, the last one for ever."""
     asked: list[Asked] = field(default_factory=list)

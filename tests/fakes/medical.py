@@ -30,7 +30,7 @@ class Played:
             clinicaltrials=f"{site.url}/api/v2",
             eutils=f"{site.url}/eutils",
             openfda=site.url,
-            orange_book=f"{site.url}/book.zip",
+            orange_book=f"{site.url}/book.zip?{site.name}",
         )
         settings = {"client": site.client, "environment": KEYS, "contact": "me@example.org", "timeout_s": 5.0}
         self.toolbox = Toolbox(

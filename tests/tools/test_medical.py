@@ -77,6 +77,35 @@ async def test_failures_of_services_are_told_in_words(
             assert key not in caplog.text
 
 
+@pytest.mark.parametrize(
+    "reply",
+    [
+        Reply(status=302, headers={"Location": "http://10.9.8.7/internal"}),
+        Reply(status=302, headers={"Location": "/loop"}),
+        Reply(status=302, headers={"Location": "http://[broken"}),
+        Reply(body=b"no gzip", headers={"Content-Encoding": "gzip"}),
+        Reply(body=b"x", content_type="video/mp4"),
+    ],
+)
+async def test_keys_in_urls_do_not_come_back_in_errors(
+    site: ApiSite, reply: Reply, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for path in PATHS:
+        site.says(path, reply)
+    site.says("/loop", Reply(status=302, headers={"Location": "/loop"}))
+    played = Played(site, PageStore(tmp_path / "pages", "record"))
+    with caplog.at_level(logging.DEBUG, logger="tools"):
+        results = [await played(name, **call) for name, call in CALLS]
+    assert all(result.error is not None for result in results)
+    told = "".join(result.content for result in results) + bytes_of(tmp_path).decode()
+    assert "openFDA" in told
+    for address in ("10.9.8.7", "127.0.0.1"):
+        assert address not in told
+    for key in (NCBI_KEY, FDA_KEY, "ncbi%2Bkey"):
+        assert key not in told + caplog.text
+    assert any("api_key" in asked.query for asked in site.asked)
+
+
 @pytest.mark.parametrize("value", [None, 7, "text", [], {}, [None, 3, "x", [], {"": None}], True, 1e400])
 async def test_any_field_may_be_missing_or_of_another_type(site: ApiSite, value: Any) -> None:
     """Each field of each answer in turn is replaced: no call breaks."""
