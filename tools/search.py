@@ -37,7 +37,7 @@ class Hit:
     snippet: str
     """Text around the first word found, in one line, at most `SNIPPET_CHARS` characters."""
     score: float
-    """BM25; hits that match exactly stand before others whatever their score."""
+    """BM25; hits that match exactly stand before others whatever their score. Of a search service: 1 / its rank."""
 
 
 @dataclass(frozen=True, slots=True)

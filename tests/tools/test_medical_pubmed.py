@@ -69,7 +69,13 @@ async def test_an_article_of_pubmed(site: ApiSite, query: str) -> None:
     ("body", "said"),
     [
         ("<PubmedArticleSet></PubmedArticleSet>", "not_found: PubMed has no article 99000009"),
-        ("<PubmedArticleSet><PubmedBookArticle/></PubmedArticleSet>", "not_found: PubMed has no article 99000009"),
+        ("<PubmedArticleSet><DeleteCitation/></PubmedArticleSet>", "not_found: PubMed has no article 99000009"),
+        (
+            "<PubmedArticleSet><PubmedBookArticle><BookDocument><Book><BookTitle>On Grellin</BookTitle></Book>"
+            "<Abstract><AbstractText>All of it.</AbstractText></Abstract></BookDocument></PubmedBookArticle>"
+            "</PubmedArticleSet>",
+            "PMID 99000009: On Grellin\nJournal: On Grellin\nAbstract:\nAll of it.",
+        ),
         ("<html><body>Down</body></html>", "execution: PubMed answered with a web page in place of data"),
         ("<PubmedArticleSet><PubmedArticle>", "execution: PubMed answered with a web page in place of data"),
         ('<!DOCTYPE x [<!ENTITY a "b"><!ENTITY c "&a;&a;">]><PubmedArticleSet>&c;</PubmedArticleSet>', "execution: "),

@@ -63,7 +63,7 @@ class PubMedTools:
     async def _article(self, pmid: str, page: int, state: dict[str, Any]) -> ToolOutput:
         request = self._request("efetch", id=pmid, rettype="abstract", retmode="xml")
         answer = await self._api.ask(tool_key("pubmed.article", {"id": pmid}), request, read=read_xml, empty=(400, 404))
-        article = None if answer.value is None else answer.value.find("PubmedArticle")
+        article = None if answer.value is None else _found(answer.value)
         if article is None:
             raise ToolFailure(f"PubMed has no article {pmid}", ToolErrorKind.NOT_FOUND)
         url = f"{ARTICLE_URL}{pmid}/"
@@ -126,6 +126,12 @@ def read_xml(text: str) -> ET.Element:
     return root
 
 
+def _found(root: ET.Element) -> ET.Element | None:
+    """The article or book of an answer."""
+    article = root.find("PubmedArticle")
+    return root.find("PubmedBookArticle") if article is None else article
+
+
 def _row(summary: Any, pmid: str) -> str:
     """An article of a search in two lines."""
     authors = [text_at(author, "name", max_chars=80) for author in rows_at(summary, "authors")]
@@ -136,17 +142,18 @@ def _row(summary: Any, pmid: str) -> str:
 
 
 def _article(article: ET.Element, pmid: str) -> Iterator[str]:
-    yield f"PMID {pmid}: {_text(article, './/ArticleTitle', 500) or '(no title)'}"
+    title = _text(article, ".//ArticleTitle", 500) or _text(article, ".//BookTitle", 500)
+    yield f"PMID {pmid}: {title or '(no title)'}"
     authors = [_author(author) for author in article.iterfind(".//AuthorList/Author")]
     yield line("Authors", few([author for author in authors if author], 40))
-    journal = _text(article, ".//Journal/Title", 200) or _text(article, ".//MedlineTA", 200)
+    journal = _text(article, ".//Journal/Title", 200) or _text(article, ".//Book/BookTitle", 200)
     yield line("Journal", joined(journal, _date(article), _pages(article)))
     ids = {each.get("IdType", ""): _of(each, 100) for each in article.iterfind("./PubmedData/ArticleIdList/ArticleId")}
     yield line("DOI", ids.get("doi", ""))
     yield line("PMC", ids.get("pmc", ""))
     yield line("Trial numbers", *(_of(each, 40) for each in article.iterfind(".//DataBank//AccessionNumber")))
     yield line("Type", *(_of(each, 60) for each in article.iterfind(".//PublicationType")))
-    parts = list(article.iterfind(".//Article/Abstract/AbstractText"))
+    parts = list(article.iterfind(".//Abstract/AbstractText"))
     yield "Abstract:" if parts else "(no abstract)"
     for part in parts:
         label = one_line(part.get("Label", ""), 100).capitalize()
