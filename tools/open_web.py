@@ -37,7 +37,7 @@ OPEN_KEY, SEEN_KEY = "open_page", "seen_urls"
 """Keys of the episode's state: the `_Opened` page; where each URL was seen first, in words."""
 FRAME_TOKENS = 150
 MIN_PAGE_TOKENS = 200
-LARGE_TEXT_CHARS = 50_000
+LARGE_TEXT_CHARS = 20_000
 """Longer texts are cut in a thread."""
 CACHED_DOCUMENTS = 64
 SNIPPET_CHARS = 200

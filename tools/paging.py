@@ -18,6 +18,7 @@ from tools.pages import canonical_url
 
 MAX_TEXT_CHARS = 2_000_000
 """A longer text is cut here."""
+RUN_CHARS = 200
 MAX_URL_SHOWN = 300
 """A longer URL is cut in the list of links; its number opens it all the same."""
 
@@ -153,6 +154,8 @@ def _cut(text: str, links: tuple[str, ...], page_tokens: int, page_chars: int) -
 
     def add(piece: str) -> bool:
         """Puts a piece on the sheet if it fits."""
+        if sheet.chars + len(piece) > 2 * page_chars:  # far too long, marks or not
+            return False
         shown = _MARK.sub(r" [\1]", piece)
         new = [n for n in map(int, _MARK.findall(piece)) if n not in sheet.links]
         listed = "".join(f"{_listed(n, links[n - 1])}\n" for n in dict.fromkeys(new))
@@ -172,15 +175,32 @@ def _cut(text: str, links: tuple[str, ...], page_tokens: int, page_chars: int) -
             sheet = _Sheet()
             if add(line):
                 continue
-        for piece in _pieces(line, min(page_tokens, page_chars) // 4):
-            if not add(piece):
-                if sheet.parts:
-                    yield sheet
-                    sheet = _Sheet()
-                if not add(piece):  # a link whose line in the list fills a page: its number goes, its label stays
-                    add(_MARK.sub("", piece))
+        for run in _runs(_pieces(line, min(page_tokens, page_chars) // 4)):
+            if add("".join(run)):
+                continue
+            for piece in run:
+                if not add(piece):
+                    if sheet.parts:
+                        yield sheet
+                        sheet = _Sheet()
+                    if not add(piece):  # a link whose line in the list fills a page: its number goes, its label stays
+                        add(_MARK.sub("", piece))
     if sheet.parts:
         yield sheet
+
+
+def _runs(pieces: Iterator[str]) -> Iterator[list[str]]:
+    """Neighbours together, about `RUN_CHARS` of them: what fits together need not be tried one by one."""
+    run: list[str] = []
+    size = 0
+    for piece in pieces:
+        run.append(piece)
+        size += len(piece)
+        if size >= RUN_CHARS:
+            yield run
+            run, size = [], 0
+    if run:
+        yield run
 
 
 def _pieces(line: str, size: int) -> Iterator[str]:
