@@ -20,6 +20,7 @@ COMMANDS = [
     ("-m", "agent_loop.rollout"),
     ("-m", "agent_loop.view"),
     ("-m", "envs"),
+    ("-m", "tools.pages"),
     ("convert_dataset.py",),
 ]
 
