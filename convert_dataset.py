@@ -3,6 +3,7 @@
     python convert_dataset.py data.csv --prompt question --answer gold --out tasks.jsonl
     python convert_dataset.py openai/gsm8k --subset main --prompt question --answer answer --out tasks.jsonl
     python convert_dataset.py pubmedqa FOLDER --split train --out tasks.jsonl --pages pages.jsonl
+    python convert_dataset.py medbrowsecomp AIM-Harvard/MedBrowseComp --split 605 --out eval.jsonl
 
 Exit codes: 0 all well, 2 the command is wrong, 4 the data is wrong. Nothing is written but after success.
 """
@@ -38,6 +39,8 @@ class Summary:
     bad_rows: int = 0
     bad: list[dict[str, str]] = field(default_factory=list)
     """The first `SHOWN_BAD_ROWS` bad rows."""
+    held_out: str | None = None
+    """File of the entities that training on a part of a benchmark leaves out."""
     duration_s: float = 0.0
 
 
@@ -64,6 +67,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--system", metavar="TEXT", help="a system message before every prompt")
     parser.add_argument("--split", metavar="NAME", help="split of the data set (Hub: train unless given)")
     parser.add_argument("--subset", metavar="NAME", help="configuration of a Hub data set")
+    parser.add_argument(
+        "--purpose",
+        choices=("eval", "train", "held-out"),
+        help="of a benchmark (medbrowsecomp): eval, its default; train on a part of it, measure on what is held out",
+    )
+    parser.add_argument(
+        "--i-understand-this-is-a-test-set", action="store_const", const=True, help="needed by --purpose train"
+    )
     parser.add_argument("--limit", metavar="N", type=int, help="write that many tasks")
     parser.add_argument("--shuffle", action="store_true", help="shuffle; a limit then takes a random sample")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed of --shuffle (0)")
@@ -130,9 +141,15 @@ def run(arguments: argparse.Namespace) -> Summary:
         if len(summary.bad) < SHOWN_BAD_ROWS:
             summary.bad.append({"where": error.where, "message": error.message})
 
-    for path in filter(None, (arguments.out, arguments.pages)):
+    if arguments.purpose in ("train", "held-out") and hasattr(converter, "held_out"):
+        summary.held_out = f"{arguments.out}.held_out.json"
+    for path in filter(None, (arguments.out, arguments.pages, summary.held_out)):
         check_target(path, source)
     tasks = converter.convert(source, on_bad_row=on_bad_row, **options(arguments, converter, name))
+    if summary.held_out is not None:
+        entities = converter.held_out(
+            source, split=arguments.split, on_bad_row=lambda _: None
+        )  # counted with the tasks
     with atomic_file(arguments.out) as out:
         lines = unique_lines(tasks, on_bad_row)
         if arguments.shuffle:
@@ -150,6 +167,9 @@ def run(arguments: argparse.Namespace) -> Summary:
 
             skipped = raise_error if arguments.on_bad_row == "fail" else lambda _: None  # counted with the tasks
             summary.pages = write_pages(arguments.pages, converter.pages(source, on_bad_row=skipped))
+        if summary.held_out is not None:
+            with atomic_file(summary.held_out) as file:
+                file.write((json.dumps(entities, indent=2) + "\n").encode())
     summary.duration_s = round(time.monotonic() - began, 3)
     return summary
 
@@ -164,12 +184,15 @@ def options(arguments: argparse.Namespace, converter: ModuleType, name: str) -> 
 
     given: dict[str, Any] = {}
     taken = set(inspect.signature(converter.convert).parameters)
-    for flag in ("prompt", "answer", "metadata", "system", "split", "subset"):
+    for flag in (
+        *("prompt", "answer", "metadata", "system", "split", "subset"),
+        *("purpose", "i_understand_this_is_a_test_set"),
+    ):
         value = getattr(arguments, flag)
         if value is None:
             continue
         if flag not in taken:
-            raise OptionError(f"the converter {name} takes no --{flag}")
+            raise OptionError(f"the converter {name} takes no --{flag.replace('_', '-')}")
         given[flag] = value
     if "metadata" in given:
         columns = [column.strip() for group in given["metadata"] for column in group.split(",")]
@@ -228,6 +251,8 @@ def write_shuffled(out: BinaryIO, lines: Iterator[bytes], seed: int, limit: int 
 def report(summary: Summary) -> None:
     pages = f" and {summary.pages} pages" if summary.pages else ""
     print(f"{summary.out}: {summary.tasks} tasks{pages}, {summary.bad_rows} bad rows, {summary.duration_s:.1f} s")
+    if summary.held_out is not None:
+        print(f"  held out: {summary.held_out}")
     for row in summary.bad:
         print(f"  skipped {row['where']}: {row['message']}")
     if summary.bad_rows > len(summary.bad):

@@ -23,6 +23,12 @@ class Summary:
     """Episodes that ended in an error; `episodes.jsonl` says where and why."""
     pass_at: dict[str, float]
     """`pass@1`, `pass@2` ...: chance that one of k episodes of a task succeeds (unbiased); empty without a grader."""
+    by_type: dict[str, dict[str, float]]
+    """`graded` episodes and their share of `success` by the tasks' `metadata.question_type`, where there are several."""
+    real_success: float | None
+    """Share of successes among tasks that have an answer: their `metadata.is_na` is false. None where no task says."""
+    baselines: dict[str, float]
+    """What answers that take no work would reach on these tasks: means of the tasks' `metadata.baselines`."""
     stop_reasons: dict[str, float]
     """Share of all episodes."""
     turns: float | None
@@ -57,6 +63,9 @@ def summarise(episodes: Sequence[Episode], *, model: str, env: str, teacher: boo
         episodes=len(episodes),
         failed=len(episodes) - len(played),
         pass_at=pass_at(episodes),
+        by_type=by_type(episodes),
+        real_success=_success([e for e in _graded(episodes) if e.task.metadata.get("is_na") is False]),
+        baselines=baselines(episodes),
         stop_reasons={reason: count / len(episodes) for reason, count in stops.most_common()},
         turns=_mean([len(e.turns) for e in played]),
         tool_calls=_mean([sum(len(t.message.tool_calls) for t in e.turns) for e in played]),
@@ -103,6 +112,36 @@ def pass_at(episodes: Sequence[Episode]) -> dict[str, float]:
     return {f"pass@{k}": fmean(_pass_at(len(g), sum(g), k) for g in groups.values()) for k in ks}
 
 
+def by_type(episodes: Sequence[Episode]) -> dict[str, dict[str, float]]:
+    """Success by type of question; empty where there are fewer than two types."""
+    groups: dict[str, list[Episode]] = defaultdict(list)
+    for episode in _graded(episodes):
+        groups[str(episode.task.metadata.get("question_type"))].append(episode)
+    if len(groups) < 2:
+        return {}
+    return {name: {"graded": len(group), "success": _success(group) or 0.0} for name, group in sorted(groups.items())}
+
+
+def baselines(episodes: Sequence[Episode]) -> dict[str, float]:
+    """Of the tasks that were played, each once."""
+    told: dict[str, dict[str, float]] = defaultdict(dict)
+    for episode in episodes:
+        for name, right in (episode.task.metadata.get("baselines") or {}).items():
+            told[name][episode.task.id] = float(right)
+    return {name: fmean(rights.values()) for name, rights in told.items()}
+
+
+def _graded(episodes: Sequence[Episode]) -> list[Episode]:
+    """Those with a reward, and where any has one those that failed: they did not succeed."""
+    if all(episode.reward is None for episode in episodes):
+        return []
+    return [e for e in episodes if e.reward is not None or e.stop_reason is StopReason.ERROR]
+
+
+def _success(episodes: Sequence[Episode]) -> float | None:
+    return _mean([float(episode.reward is not None and episode.reward >= 1.0) for episode in episodes])
+
+
 def _pass_at(n: int, c: int, k: int) -> float:
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
@@ -116,6 +155,10 @@ def table(summary: Summary) -> str:
     rows = [("model", summary.model), ("environment", summary.env)]
     rows.append(("episodes", f"{summary.episodes} ({summary.failed} failed)"))
     rows += [(name, f"{value:.1%}") for name, value in summary.pass_at.items()] or [("success", "not graded")]
+    rows += [(f"  {name}", f"{of['success']:.1%} of {of['graded']:.0f}") for name, of in summary.by_type.items()]
+    if summary.real_success is not None:
+        rows.append(("success where there is an answer", f"{summary.real_success:.1%}"))
+    rows += [(f"without any work: {name}", f"{share:.1%}") for name, share in summary.baselines.items()]
     rows += [
         ("turns", number(summary.turns, "{:.2f}")),
         ("tool calls", number(summary.tool_calls, "{:.2f}")),

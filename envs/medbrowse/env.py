@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from envs.medbrowse import graders
+from envs.medbrowse import comp_graders, graders
 from envs.medbrowse.registry import SITE, Registry
 from envs.medbrowse.tasks import MAX_HOPS, make_tasks
 from envs.medbrowse.web_tasks import web_tasks
@@ -172,7 +172,10 @@ def _grade(task: Task, state: dict[str, Any], messages: Sequence[Message]) -> di
     if expected is None:  # nobody knows it: not graded
         return {}
     kind = str(task.metadata.get("question_type", ""))
-    return {"success": float(graders.grade(kind, answer, str(expected))), "answered": float(answer is not None)}
+    grade = comp_graders.grade if kind in comp_graders.COMP_GRADERS else graders.grade
+    accepted = task.metadata.get("accepted") or [expected]
+    right = any(grade(kind, answer, str(gold)) for gold in accepted)
+    return {"success": float(right), "answered": float(answer is not None)}
 
 
 @lru_cache(maxsize=2)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -283,6 +284,33 @@ def test_failures_are_failures_and_what_is_not_graded_is_left_out() -> None:
     episodes = [graded("a", 1.0), graded("a", None, failed=True), graded("b", 0.5), graded("b", 1.0), graded("c", None)]
     assert pass_at(episodes)["pass@1"] == pytest.approx((0.5 + 0.5) / 2)
     assert pass_at([graded("a", None), graded("b", None, failed=True)]) == {}
+
+
+def test_success_by_type_where_there_is_an_answer_and_beside_what_takes_no_work() -> None:
+    def asked(name: str, reward: float | None, *, kind: str, is_na: bool, constant: float) -> Episode:
+        episode = graded(name, reward)
+        metadata = {"question_type": kind, "is_na": is_na, "baselines": {"constant": constant}}
+        return replace(episode, task=replace(episode.task, metadata=metadata))
+
+    summary = summarise(
+        [
+            asked("a", 1.0, kind="date", is_na=True, constant=1.0),
+            asked("b", 0.0, kind="date", is_na=False, constant=0.0),
+            asked("b", 0.0, kind="date", is_na=False, constant=0.0),
+            asked("c", 1.0, kind="name", is_na=False, constant=0.0),
+        ],
+        model="m",
+        env="e",
+    )
+    assert summary.by_type == {"date": {"graded": 3, "success": 1 / 3}, "name": {"graded": 1, "success": 1.0}}
+    assert summary.real_success == pytest.approx(1 / 3)
+    assert summary.baselines == {"constant": pytest.approx(1 / 3)}
+    shown = table(summary)
+    assert "  date " in shown
+    assert "33.3% of 3" in shown
+    assert "without any work: constant" in shown
+    plain = summarise([graded("a", 1.0)], model="m", env="e")
+    assert (plain.by_type, plain.real_success, plain.baselines) == ({}, None, {})
 
 
 def test_a_summary_of_nothing_but_failures() -> None:

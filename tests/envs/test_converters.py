@@ -252,7 +252,7 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
 
 
 def test_converters_are_found() -> None:
-    assert names() == ["gsm8k", "pubmedqa", "table"]
+    assert names() == ["gsm8k", "medbrowsecomp", "pubmedqa", "table"]
 
 
 # Named converters
