@@ -88,7 +88,9 @@ class OpenWebTools:
         if page_tokens < MIN_PAGE_TOKENS:
             raise ValueError(f"page_tokens must be at least {MIN_PAGE_TOKENS}, got {page_tokens}")
         if max_chars < 3 * FRAME_CHARS:
-            raise ValueError(f"max_chars must be at least {3 * FRAME_CHARS}, got {max_chars}")
+            raise ValueError(
+                f"max_tool_output_chars must be at least {3 * FRAME_CHARS} for pages in a frame, got {max_chars}"
+            )
         self.store = store
         self.fetch = fetch
         self._search = search

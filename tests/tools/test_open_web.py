@@ -225,5 +225,5 @@ def test_without_a_provider_there_is_no_search() -> None:
 def test_sizes_that_leave_no_room() -> None:
     with pytest.raises(ValueError, match="page_tokens must be at least 200"):
         OpenWebTools(PageStore(()), page_tokens=100)
-    with pytest.raises(ValueError, match="max_chars must be at least"):
+    with pytest.raises(ValueError, match="max_tool_output_chars must be at least"):
         OpenWebTools(PageStore(()), max_chars=1000)
