@@ -24,7 +24,7 @@ class Summary:
     pass_at: dict[str, float]
     """`pass@1`, `pass@2` ...: chance that one of k episodes of a task succeeds (unbiased); empty without a grader."""
     by_type: dict[str, dict[str, float]]
-    """`graded` episodes and their share of `success` by the tasks' `metadata.question_type`, where there are several."""
+    """`graded` episodes and their share of `success`, by the tasks' `metadata.question_type` if there are several."""
     real_success: float | None
     """Share of successes among tasks that have an answer: their `metadata.is_na` is false. None where no task says."""
     baselines: dict[str, float]
