@@ -43,6 +43,7 @@ SYSTEM = (
     "Answer NA where there is nothing to find.\n"
 )
 _TRIAL = re.compile(r"NCT\d{8}")
+_LESS = re.compile(r"\bless(?:er)?\s+effective\b|\bleast\s+effective\b", re.IGNORECASE)
 _LETTER = re.compile(r"(?:start(?:s|ing)? with|letter start with)(?: the letter)?\s+\"?([A-Za-z])\b", re.IGNORECASE)
 
 
@@ -54,6 +55,8 @@ class _Question:
     kind: str
     where: str
     trial: str | None
+    arm: tuple[str, str] | None
+    """Trial, and which of its regimens is asked about: `more` or `less` effective. Each has its own ingredient."""
     golds: list[str] = field(default_factory=list)
     """As they stand in the file, each once; none if nobody gave one."""
 
@@ -102,7 +105,7 @@ def _tasks(source: str, split: str | None, system: str, purpose: Purpose, on_bad
         )
     baselines = _baselines(questions)
     for question, baseline in zip(questions, baselines, strict=True):
-        ingredient = ingredients.get(question.trial or "")
+        ingredient = ingredients.get(question.arm) if question.arm is not None else None
         if purpose != "eval" and (ingredient is None or is_held_out(ingredient) != (purpose == "held-out")):
             continue
         yield _task(question, ingredient, baseline, system)
@@ -116,7 +119,7 @@ def held_out(source: str, *, split: str | None = None, on_bad_row: OnBadRow = ra
         "dataset": "medbrowsecomp",
         "held_out_ingredients": [name for name in names if is_held_out(name)],
         "train_ingredients": [name for name in names if not is_held_out(name)],
-        "held_out_trials": sorted(trial for trial, name in found.items() if is_held_out(name)),
+        "held_out_trials": sorted({trial for (trial, _), name in found.items() if is_held_out(name)}),
     }
 
 
@@ -134,10 +137,10 @@ def _questions(source: str, split: str | None, on_bad_row: OnBadRow) -> list[_Qu
         except TaskError as error:
             on_bad_row(error)
             continue
-        trial = _TRIAL.search(prompt)
-        question = found.setdefault(
-            (kind, prompt), _Question(prompt, kind, row.where, trial[0] if trial is not None else None)
-        )
+        match = _TRIAL.search(prompt)
+        trial = match[0] if match is not None else None
+        arm = (trial, "less" if _LESS.search(prompt) else "more") if trial is not None else None
+        question = found.setdefault((kind, prompt), _Question(prompt, kind, row.where, trial, arm))
         if gold is not None and gold not in question.golds:
             question.golds.append(gold)
     return list(found.values())
@@ -190,9 +193,9 @@ def _decoded(cell: str) -> str:
     return text.replace("\\n", "\n").replace('\\"', '"').strip()
 
 
-def _ingredients(questions: Sequence[_Question]) -> dict[str, str]:
-    """Ingredient by trial, from the questions that ask for it."""
-    return {q.trial: q.golds[0] for q in questions if q.kind == "Ingredient" and q.trial is not None and q.golds}
+def _ingredients(questions: Sequence[_Question]) -> dict[tuple[str, str], str]:
+    """Ingredient by trial and regimen, from the questions that ask for it."""
+    return {q.arm: q.golds[0] for q in questions if q.kind == "Ingredient" and q.arm is not None and q.golds}
 
 
 def _type_of(question: _Question) -> str:

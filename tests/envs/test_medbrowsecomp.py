@@ -200,6 +200,7 @@ def test_two_prompts_of_one_trial_and_type_are_two_tasks(tmp_path: Path, capsys:
     out = tmp_path / "o.jsonl"
     assert convert_dataset.main(["medbrowsecomp", write_csv(tmp_path / "a.csv", both), "--out", str(out)]) == 0
     assert [task.metadata["answer"] for task in read_tasks(out)] == ["Borixil", "Cestrol"]
+    assert [task.metadata["ingredient"] for task in read_tasks(out)] == ["Borixil", "Cestrol"]
     assert "2 tasks" in capsys.readouterr().out
 
 
