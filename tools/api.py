@@ -23,6 +23,7 @@ from tools.clean import clean_text
 from tools.pages import Page, kept_headers
 from tools.redact import redact, secret_values
 from tools.store import PageStore
+from tools.text import decode
 from tools.types import ToolErrorKind, ToolFailure
 
 if TYPE_CHECKING:
@@ -194,10 +195,7 @@ class Api:
 
 
 def decoded(fetched: Fetched) -> str:
-    try:
-        return fetched.body.decode(fetched.charset or "utf-8", "replace").removeprefix("\ufeff")
-    except LookupError:
-        return fetched.body.decode("utf-8", "replace").removeprefix("\ufeff")
+    return decode(fetched.body, fetched.charset)
 
 
 def read_json(text: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import quote, urljoin, urlsplit
 
 from tools.guard import Guard, Target
 from tools.rate import HostRate, retry_after
@@ -32,6 +32,8 @@ MAX_WAIT_S = 10.0
 TEXT_TYPES = ("text/", "application/json", "application/xml", "application/xhtml+xml", "application/pdf",
               "application/rss+xml", "application/atom+xml", "application/ld+json")  # fmt: skip
 SIZE_CHUNK = 65_536
+_URL_CHARS = "".join(chr(code) for code in range(0x80) if code != 0x20)
+"""What stays as it is in a `Location`; the rest is escaped, as browsers do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +141,7 @@ class HttpClient:
             if len(hops) >= limits.max_redirects:
                 raise ToolFailure(f"the page redirects more than {limits.max_redirects} times")
             try:
-                joined = urljoin(target.url, location)
+                joined = urljoin(target.url, quote(location, safe=_URL_CHARS))
             except ValueError:
                 raise ToolFailure("the page redirects to what is no URL") from None
             onward = self.guard.check_url(joined)
@@ -185,7 +187,7 @@ class HttpClient:
                     url=target.url,
                     final_url=target.url,
                     status=response.status,
-                    headers={name.lower(): value for name, value in response.headers.items()},
+                    headers={_unicode(name.lower()): _unicode(value) for name, value in response.headers.items()},
                     body=content,
                     content_type=kind,
                     charset=response.charset,
@@ -306,6 +308,11 @@ async def _read(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
         if len(body) > max_bytes or num_packed > max_bytes:
             raise ToolFailure(f"the page is larger than {max_bytes / 1e6:g} MB")
     return bytes(body)
+
+
+def _unicode(text: str) -> str:
+    """A header without the surrogates that stand for bytes which are no UTF-8: no file could hold them."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 class _Inflate:

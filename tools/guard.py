@@ -140,6 +140,10 @@ class Guard:
             parts = urlsplit(canonical_url(url))
             host = _ascii_host(parts.hostname or "")
             port = parts.port if parts.port is not None else {"http": 80, "https": 443}[parts.scheme]
+            path = quote(parts.path, safe="/%:@!$&'()*+,;=~-._")
+            query = quote(parts.query, safe="/%:@!$&'()*+,;=~-._?")
+        except UnicodeEncodeError:
+            raise ToolFailure("cannot open this URL: it is no Unicode text", ToolErrorKind.INVALID_ARGUMENTS) from None
         except ValueError as error:
             raise ToolFailure(f"cannot open this URL: {error}", ToolErrorKind.INVALID_ARGUMENTS) from None
         if _address(host) is None and "." not in host and not self._open:
@@ -153,8 +157,6 @@ class Guard:
         shown = f"[{host}]" if ":" in host else host
         if parts.port is not None:
             shown = f"{shown}:{port}"
-        path = quote(parts.path, safe="/%:@!$&'()*+,;=~-._")
-        query = quote(parts.query, safe="/%:@!$&'()*+,;=~-._?")
         return Target(url=urlunsplit((parts.scheme, shown, path, query, "")), scheme=parts.scheme, host=host, port=port)
 
     async def resolve(self, target: Target) -> tuple[str, ...]:
@@ -190,7 +192,19 @@ class Guard:
             for entry in self._open
             if found.version == entry.network.version
         )
-        return opened or (port in self.ports and is_public(found))
+        return opened or (port in self.ports and is_public(found) and not is_ours(found, port))
+
+
+def is_ours(address: IPv4Address | IPv6Address, port: int) -> bool:
+    """Whether an address is one of this machine's own: what listens on all of them is not for pages to reach, under a
+    public address neither. Nothing is sent: connecting a UDP socket only asks which address we would send from."""
+    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((str(address), port))
+            return ipaddress.ip_address(probe.getsockname()[0].partition("%")[0]) == address
+    except OSError:
+        return False  # no way there at all
 
 
 def is_public(address: IPv4Address | IPv6Address) -> bool:

@@ -41,7 +41,7 @@ class ProxyLimits:
     max_connections: int = 256
     dial_s: float = 10.0
     idle_s: float = 30.0
-    """Without a byte in either direction."""
+    """Without a byte from the site."""
     life_s: float = 180.0
     """Of one connection."""
     max_bytes: int = 50_000_000
@@ -162,7 +162,7 @@ class Proxy:
 
     def _count(self, host: str, port: int) -> None:
         if len(self.refused) < 10_000:  # a page may make names up without end
-            self.refused[f"{host}:{port}"] += 1
+            self.refused[f"{host[:253]}:{port}"] += 1
 
     async def _dial(self, target: Target) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """A connection to one of the checked addresses.
@@ -189,9 +189,12 @@ class Proxy:
         client: tuple[asyncio.StreamReader, asyncio.StreamWriter],
         site: tuple[asyncio.StreamReader, asyncio.StreamWriter],
     ) -> None:
-        """Bytes both ways until either side ends, is idle for too long, or has sent too much."""
-        sending = asyncio.ensure_future(self._copy(client[0], site[1], self.limits.max_sent_bytes))
-        receiving = asyncio.ensure_future(self._copy(site[0], client[1], self.limits.max_bytes))
+        """Bytes both ways until either side ends or has sent too much, or the site is idle for too long: a client that
+        receives has nothing to say meanwhile."""
+        sending = asyncio.ensure_future(self._copy(client[0], site[1], self.limits.max_sent_bytes, idle_s=None))
+        receiving = asyncio.ensure_future(
+            self._copy(site[0], client[1], self.limits.max_bytes, idle_s=self.limits.idle_s)
+        )
         try:
             # The site's end is the end. A client may stop sending and still listen; a broken limit ends both.
             await asyncio.wait({sending, receiving}, return_when=asyncio.FIRST_COMPLETED)
@@ -202,12 +205,14 @@ class Proxy:
             receiving.cancel()
             await asyncio.gather(sending, receiving, return_exceptions=True)
 
-    async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, max_bytes: int) -> bool:
+    async def _copy(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, max_bytes: int, *, idle_s: float | None
+    ) -> bool:
         """True if the sender ended by itself."""
         total = 0
         try:
             while total <= max_bytes:
-                async with asyncio.timeout(self.limits.idle_s):
+                async with asyncio.timeout(idle_s):
                     chunk = await reader.read(CHUNK)
                 if not chunk:
                     with suppress(OSError, RuntimeError):
@@ -226,7 +231,7 @@ class Proxy:
         while True:
             async with asyncio.timeout(self.limits.idle_s):
                 head = await site.readuntil(b"\r\n\r\n")
-            first, *lines = head[:-4].split(b"\r\n")
+            first, *lines = re.split(rb"\r?\n", head[:-4])  # a bare newline ends a line for browsers too
             status = re.fullmatch(rb"HTTP/1\.[01] (\d{3})(?: .*)?", first)
             if status is None:
                 raise _Bad(502, "the answer is no HTTP")
@@ -238,7 +243,7 @@ class Proxy:
             writer.write(b"\r\n".join([first, *kept, b"Connection: close", b"", b""]))
             break
         if method != "HEAD" and status[1] not in (b"204", b"304"):
-            await self._copy(site, writer, self.limits.max_bytes)
+            await self._copy(site, writer, self.limits.max_bytes, idle_s=self.limits.idle_s)
 
 
 def _read_request(head: bytes) -> tuple[str, str, list[tuple[bytes, bytes]]]:

@@ -38,6 +38,7 @@ class HostRate:
         self._per_minute = POLITE_PER_MINUTE | {host.lower(): rate for host, rate in (per_minute or {}).items()}
         self._default = default_per_minute
         self._next: dict[str, float] = {}
+        self._queues: dict[str, asyncio.Lock] = {}
 
     def seconds_between(self, host: str) -> float:
         """Between two requests."""
@@ -48,12 +49,12 @@ class HostRate:
         self._per_minute[host] = min(60.0 / seconds, self._per_minute.get(host, self._default))
 
     async def turn(self, host: str) -> None:
-        """Waits until the host may be asked; whoever comes later waits longer. Callers set their own deadline."""
-        now = time.monotonic()
-        mine = max(now, self._next.get(host, now))
-        self._next[host] = mine + self.seconds_between(host)
-        if mine > now:
-            await asyncio.sleep(mine - now)
+        """Waits until the host may be asked; whoever comes later waits longer. Callers set their own deadline: who is
+        cancelled gives the turn to the next."""
+        async with self._queues.setdefault(host, asyncio.Lock()):
+            while (wait := self._next.get(host, 0.0) - time.monotonic()) > 0:  # noqa: ASYNC110 - `hold` moves it
+                await asyncio.sleep(wait)
+            self._next[host] = time.monotonic() + self.seconds_between(host)
 
     def hold(self, host: str, seconds: float) -> None:
         """The host asked to be left alone; counts for at most `MAX_WAIT_S`."""

@@ -23,6 +23,8 @@ MAX_DELAY_S = 10.0
 RETRY_S = 300.0
 CACHE_S = 86_400.0
 """RFC 9309, 2.4."""
+MAX_HOSTS = 500
+"""Whose rules are kept: a page may name hosts without end, and one's rules may take megabytes."""
 
 Get = Callable[[str], Awaitable[tuple[int, bytes]]]
 """Status and the first `MAX_BYTES` of a URL; raises `ToolFailure`."""
@@ -57,9 +59,12 @@ class Robots:
         parts = urlsplit(url)
         origin = f"{parts.scheme}://{parts.netloc}"
         async with self._locks.setdefault(origin, asyncio.Lock()):
-            rules = self._rules.get(origin)
+            rules = self._rules.pop(origin, None)
             if rules is None or rules.until < time.monotonic():
-                rules = self._rules[origin] = await self._read(origin, parts.hostname or "")
+                rules = await self._read(origin, parts.hostname or "")
+            self._rules[origin] = rules  # the last one used stands last
+            if len(self._rules) > MAX_HOSTS:
+                del self._rules[next(iter(self._rules))]
         if rules.parsed is None:
             if not rules.allowed:
                 raise ToolFailure(f"{parts.hostname} gave no robots.txt, so it is left alone", ToolErrorKind.BLOCKED)

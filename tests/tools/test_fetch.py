@@ -15,6 +15,7 @@ from tests.fakes.raw_site import RawSite, raw_site, reply
 from tools.fetch import Fetched, FetchLimits, HttpClient, user_agent
 from tools.guard import Guard
 from tools.rate import HostRate
+from tools.robots import MAX_HOSTS, Robots
 from tools.types import ToolErrorKind, ToolFailure
 
 LIMITS = FetchLimits(timeout_s=3.0, max_bytes=100_000)
@@ -387,3 +388,65 @@ async def test_turns_of_a_host_are_spaced() -> None:
     assert rate.seconds_between("eutils.ncbi.nlm.nih.gov") == pytest.approx(1 / 3)
     rate.space("a.org", 2.0)
     assert rate.seconds_between("a.org") == 2.0
+
+
+async def test_who_gave_up_waiting_leaves_the_turn_to_the_next() -> None:
+    rate = HostRate({"a.test": 600.0})
+    await rate.turn("a.test")
+    for _ in range(50):  # fifty turns a tenth of a second apart would be five seconds
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(rate.turn("a.test"), 0.001)
+    began = time.monotonic()
+    await rate.turn("a.test")
+    assert time.monotonic() - began < 1.0
+
+
+async def test_a_wish_to_be_left_alone_holds_for_those_who_wait() -> None:
+    rate = HostRate({"a.test": 600.0})
+    await rate.turn("a.test")
+    began = time.monotonic()
+    waiting = asyncio.ensure_future(rate.turn("a.test"))
+    await asyncio.sleep(0)
+    rate.hold("a.test", 0.5)
+    await waiting
+    assert time.monotonic() - began >= 0.45
+
+
+async def test_headers_that_are_no_unicode() -> None:
+    async def handle(writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nETag: \xff\xfe\r\nContent-Type: text/html; charset=\xff\r\n\r\nx")
+
+    async def onward(writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 302 Found\r\nLocation: /\xc3\xa9\xff\r\n\r\n")
+
+    async with raw_site({"/a": handle, "/b": onward}) as site:
+        answer = await got(site.url("/a"), site)
+        moved = await got(site.url("/b"), site)
+    assert answer.headers["etag"] == "\ufffd\ufffd"
+    assert "\ufffd" in answer.headers["content-type"]
+    assert moved.final_url == site.url("/%C3%A9%EF%BF%BD")
+
+
+async def test_rules_of_hosts_without_end_are_not_all_kept() -> None:
+    asked: list[str] = []
+
+    async def get_rules(url: str) -> tuple[int, bytes]:
+        asked.append(url)
+        return 404, b""
+
+    robots = Robots(get_rules, HostRate(), "distill-gym")
+    for number in range(MAX_HOSTS + 10):
+        await robots.check(f"https://h{number}.test/")
+        await robots.check("https://often.test/")
+    assert len(asked) == MAX_HOSTS + 11, "the one that is used often was asked once"
+    await robots.check("https://h0.test/")
+    assert asked[-1] == "https://h0.test/robots.txt", "the oldest was forgotten"
+
+
+async def test_rules_that_are_made_to_be_slow() -> None:
+    rules = b"User-agent: *\n" + b"".join(b"Disallow: /*%sb%d$\n" % (b"a*" * 20, i) for i in range(7000))
+    pages = {"/robots.txt": reply(body=rules, content_type="text/plain")}
+    async with raw_site(pages) as site, client_of(site, robots=True) as client:
+        began = time.monotonic()
+        assert (await client.get(site.url("/" + "a" * 1800))).status == 200
+        assert time.monotonic() - began < 3.0

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 from collections.abc import Sequence
 
 import pytest
 
-from tools.guard import Guard
+from tools.guard import Guard, is_ours
 from tools.types import ToolErrorKind, ToolFailure
 
 PUBLIC = ("93.184.216.34", "1.1.1.1", "8.8.8.8", "2606:4700::1111", "2001:4860:4860::8888", "64:ff9b::808:808",
@@ -178,3 +179,16 @@ async def test_addresses_that_are_opened() -> None:
 def test_what_is_no_address_cannot_be_opened(text: str) -> None:
     with pytest.raises(ValueError, match=r"open_addresses: .* is no address"):
         Guard(open_addresses=(text,))
+
+
+@pytest.mark.parametrize("url", ["https://example.org/\ud800", "https://example.org/?q=\udcff"])
+def test_what_is_no_unicode_is_no_url(url: str) -> None:
+    with pytest.raises(ToolFailure, match="no Unicode text") as raised:
+        Guard().check_url(url)
+    assert raised.value.kind is ToolErrorKind.INVALID_ARGUMENTS
+
+
+@pytest.mark.parametrize(("address", "ours"), [("127.0.0.1", True), ("::1", True), ("192.0.2.1", False)])
+def test_own_addresses_are_known(address: str, ours: bool) -> None:
+    """By the routing table; nothing is sent. That a public one is refused too cannot be shown without having one."""
+    assert is_ours(ipaddress.ip_address(address), 80) is ours

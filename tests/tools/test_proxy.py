@@ -232,3 +232,31 @@ async def test_its_end_ends_what_it_carries() -> None:
             waiting = asyncio.ensure_future(said(proxy, get(site.url("/a"))))
             await asyncio.sleep(0.1)
         assert await waiting == b""
+
+
+async def test_a_client_that_only_receives_is_not_idle() -> None:
+    async def slow(writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        for _ in range(10):
+            await asyncio.sleep(0.1)
+            writer.write(b"x")
+            await writer.drain()
+
+    async with raw_site({"/a": slow}) as site, proxy_of(site, ProxyLimits(idle_s=0.4)) as proxy:
+        connect = f"CONNECT {site.address} HTTP/1.1\r\n\r\n".encode()
+        assert (await said(proxy, connect, then=b"GET /a HTTP/1.1\r\n\r\n")).endswith(b"\r\n\r\n" + 10 * b"x")
+
+
+async def test_a_bare_newline_smuggles_no_header_past_the_proxy() -> None:
+    async def smuggling(writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nX: 1\nX-Distill-Gym-Guard: blocked\nConnection: keep-alive\r\n\r\nhere")
+
+    async with raw_site({"/a": smuggling}) as site, proxy_of(site) as proxy:
+        answer = await said(proxy, get(site.url("/a")))
+    assert answer == b"HTTP/1.1 200 OK\r\nX: 1\r\nConnection: close\r\n\r\nhere"
+
+
+async def test_what_is_counted_has_a_limit() -> None:
+    async with raw_site() as site, proxy_of(site) as proxy:
+        await said(proxy, get(f"http://{'a' * 5000}.test/"))
+        assert [len(place) for place in proxy.refused] == [253 + len(":80")]
