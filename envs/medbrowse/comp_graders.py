@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from datetime import date
 
 from envs.medbrowse.graders import normalise, parse_date, same_company, same_price
 
@@ -34,9 +35,17 @@ _LABELS = "final answer|answer|ingredient|company|date|year|price|ticker|name|nc
 _LABEL = re.compile(rf"^\s*(?:{_LABELS})\s*[:=]\s*", re.IGNORECASE)
 _BIOLOGIC_SUFFIX = re.compile(r"-[a-z]{4}$")
 """Four letters without meaning that the FDA puts behind biologics' names (Guidance for Industry, 2017)."""
+_TRADE_NAMES = """
+america americas canada europe global holdings international intl labs laboratories laboratory north
+oncology operations pharm pharma pharmaceutical pharmaceuticals pharms uk us usa
+"""
+_TRADE = frozenset(_TRADE_NAMES.split())
+"""Words that the short names of one of the data set's files leave out."""
+_ORDINAL = re.compile(r"\b(\d{1,2})(?:st|nd|rd|th)\b", re.IGNORECASE)
+_SEPT = re.compile(r"\bsept\b", re.IGNORECASE)
 _DAY = re.compile(
     r"\b(?:\d{4}-\d{1,2}-\d{1,2}|\d{1,2}[-/]\d{1,2}[-/]\d{4}"
-    r"|[A-Za-z]{3,9}\.? \d{1,2},? \d{4}|\d{1,2} [A-Za-z]{3,9} \d{4})\b"
+    r"|[A-Za-z]{3,9}\.? \d{1,2},? \d{4}|\d{1,2} [A-Za-z]{3,9},? \d{4})\b"
 )
 _YEAR = re.compile(r"\b(?:19|20)\d{2}\b")
 _MONTH = re.compile(r"(\d{4})-(\d{1,2})(?:-(\d{1,2}))?")
@@ -92,22 +101,32 @@ def same_ingredient(answer: str, expected: str) -> bool:
     return bool(ingredient_key(answer)) and ingredient_key(answer) == ingredient_key(expected)
 
 
+def same_applicant(answer: str, expected: str) -> bool:
+    """The same company but for legal forms. One file's golds are short (`ASTELLAS` for ASTELLAS PHARMA US INC): an
+    answer may be fuller by words of the trade, never shorter."""
+    if same_company(answer, expected):
+        return True
+    given, wanted = normalise(answer).split(), normalise(expected).split()
+    rest = " ".join(word for word in given[len(wanted) :] if word not in _TRADE)
+    return given[: len(wanted)] == wanted and same_company(f"{expected} {rest}", expected)
+
+
 def same_day(answer: str, expected: str) -> bool:
     """The same day in any usual notation, and no other day beside it."""
-    days = {parse_date(match[0].replace(".", "")) for match in _DAY.finditer(answer)}
+    days = _days(answer)
     return days == {parse_date(expected)} and None not in days
 
 
 def same_year(answer: str, expected: str) -> bool:
     """The year of the gold, which is a day; the answer may be the day, but then it must be that one."""
-    if _DAY.search(answer) is not None:
+    if _days(answer):
         return same_day(answer, expected) or (parse_date(expected) is None and _years(answer) == _years(expected))
     return bool(_years(answer)) and _years(answer) == _years(expected)
 
 
 def same_opening_price(answer: str, expected: str) -> bool:
     """The price within half a percent; a ticker and the day may stand beside it, a second number may not."""
-    return same_price(_DAY.sub(" ", answer), expected)
+    return same_price(_DAY.sub(" ", _plain_days(answer)), expected)
 
 
 def same_identifier(answer: str, expected: str) -> bool:
@@ -119,10 +138,13 @@ def same_identifier(answer: str, expected: str) -> bool:
 def same_start(answer: str, expected: str) -> bool:
     """As exact as the gold, which is a month or a day."""
     gold = _MONTH.fullmatch(expected.strip())
-    day = parse_date(next((match[0].replace(".", "") for match in _DAY.finditer(answer)), ""))
+    days = _days(answer)
     if gold is None:
         return normalise(answer) == normalise(expected)
     year, month, wanted_day = int(gold[1]), int(gold[2]), gold[3]
+    if len(days) > 1:
+        return False
+    day = next(iter(days), None)
     if day is not None:
         return (day.year, day.month) == (year, month) and (wanted_day is None or day.day == int(wanted_day))
     given = _month_of(answer)
@@ -147,7 +169,7 @@ def same_author(answer: str, expected: str) -> bool:
 
 COMP_GRADERS: Mapping[str, Callable[[str, str], bool]] = {
     f"{PREFIX}Ingredient": same_ingredient,
-    f"{PREFIX}Applicant_Full_Name": same_company,
+    f"{PREFIX}Applicant_Full_Name": same_applicant,
     f"{PREFIX}Patent_Expire_Date_Text": same_day,
     YEAR: same_year,
     f"{PREFIX}Exclusivity_Date": same_day,
@@ -169,6 +191,17 @@ def _substance(name: str) -> str:
     while len(words) > 1 and words[-1].strip("().") in _SALTS:
         words.pop()
     return normalise(" ".join(words))
+
+
+def _plain_days(text: str) -> str:
+    """Days as `_DAY` reads them: `Sept. 5th, 2031` is `Sep 5, 2031`."""
+    return _SEPT.sub("Sep", _ORDINAL.sub(r"\1", text))
+
+
+def _days(text: str) -> set[date | None]:
+    """Days that a text names; None among them for one that is none (`02-31-2031`)."""
+    found = (match[0].replace(".", "") for match in _DAY.finditer(_plain_days(text)))
+    return {parse_date(day.replace(",", "") if day[0].isdigit() else day) for day in found}
 
 
 def _years(text: str) -> set[str]:
