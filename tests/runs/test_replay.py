@@ -85,7 +85,7 @@ def save_browsing_model(path: Path, *, seed: int, port: int) -> Path:
     return path
 
 
-def workplace_on(path: Path, port: int) -> Workplace:
+def workplace_on(path: Path, port: int, engine: str) -> Workplace:
     rows = [
         {"id": f"t{i}", "messages": [{"role": "user", "content": f"Task {i}"}], "metadata": {"answer": "1"}}
         for i in range(8)
@@ -109,12 +109,12 @@ optim.lr = 1e-3
 [env_args.browse]
 mode = "record"
 store = "pages"
-engine = "http"
+engine = "{engine}"
 tools = []
 robots = false
 ports = [{port}]
 open_addresses = ["127.0.0.1:{port}"]
-timeout_s = 6.0
+timeout_s = 12.0
 page_tokens = 600
 requests_per_minute = {{"127.0.0.1" = 6000}}
 """)
@@ -141,9 +141,10 @@ def what_was_seen(episode: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_a_recorded_run_replays_with_the_site_down(tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["http", pytest.param("browser", marks=pytest.mark.browser)])
+def test_a_recorded_run_replays_with_the_site_down(tmp_path: Path, engine: str) -> None:
     port = free_port()
-    workplace = workplace_on(tmp_path, port)
+    workplace = workplace_on(tmp_path, port, engine)
     with site(port):
         workplace.run("--run-id", "one", check=True)
     written = {path: path.read_bytes() for path in (tmp_path / "pages").rglob("*") if path.is_file()}
@@ -163,6 +164,8 @@ def test_a_recorded_run_replays_with_the_site_down(tmp_path: Path) -> None:
     assert len(manifests) == 1
     assert recorded[-1]["metadata"]["pages"]["mode"] == "record"
 
-    # Without the recording the same run goes otherwise: the pages did matter.
-    workplace.run("--run-id", "three", "--env_args.browse.store", "other", check=True)
+    # With a recording of nothing the same run goes otherwise: the pages did matter.
+    (tmp_path / "none.jsonl").write_text("")
+    nothing = ("--env_args.browse.mode", "replay", "--env_args.browse.store", "none.jsonl")
+    workplace.run("--run-id", "three", *nothing, check=True)
     assert [e["traces"] for e in episodes(workplace, "three")] != [e["traces"] for e in recorded]
