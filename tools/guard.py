@@ -66,16 +66,23 @@ NAT64 = IPv6Network("64:ff9b::/96")
 DENIED = (
     "huggingface.co/datasets/AIM-Harvard",
     "huggingface.co/api/datasets/AIM-Harvard",
-    "datasets-server.huggingface.co",
+    "huggingface.co/papers/2505.14963",
+    "hf.co/datasets/AIM-Harvard",
+    "hf-mirror.com/datasets/AIM-Harvard",
+    "hf-mirror.com/api/datasets/AIM-Harvard",
+    "datasets-server.huggingface.co/",
     "github.com/shan23chen",
+    "api.github.com/repos/shan23chen",
+    "codeload.github.com/shan23chen",
     "raw.githubusercontent.com/shan23chen",
-    "shan23chen.github.io",
-    "moreirap12.github.io",
+    "cdn.jsdelivr.net/gh/shan23chen",
+    "shan23chen.github.io/",
+    "moreirap12.github.io/",
     "arxiv.org/abs/2505.14963",
     "arxiv.org/pdf/2505.14963",
     "arxiv.org/html/2505.14963",
-    "export.arxiv.org/abs/2505.14963",
-    "export.arxiv.org/pdf/2505.14963",
+    "ar5iv.org/abs/2505.14963",
+    "ar5iv.org/html/2505.14963",
     "alphaxiv.org/abs/2505.14963",
 )
 """Pages with the questions and answers of MedBrowseComp, and copies of its paper."""
@@ -119,7 +126,8 @@ class Guard:
     allow: tuple[str, ...] = ()
     """Domains, with their subdomains. Empty: all."""
     deny: tuple[str, ...] = DENIED
-    """Domains, or `domain/path` prefixes. Stronger than `allow`."""
+    """Domains, or `domain/path` prefixes. Stronger than `allow`. What has a slash is denied in the path and query of
+    other sites too: archives, readers and translators show `https://archive.example/https://domain/path`."""
     ports: tuple[int, ...] = (80, 443)
     open_addresses: tuple[str, ...] = ()
     """Addresses that are not public and may be reached all the same: `10.1.0.0/16`, `127.0.0.1:8000`, `[::1]:8000`.
@@ -152,7 +160,7 @@ class Guard:
             raise ToolFailure(f"port {port} may not be reached", ToolErrorKind.BLOCKED)
         if self.allow and not any(_matches(entry, host, parts.path) for entry in self.allow):
             raise ToolFailure(f"{host} is not among the sites that may be opened", ToolErrorKind.BLOCKED)
-        if any(_matches(entry, host, parts.path) for entry in self.deny):
+        if any(_matches(entry, host, parts.path) or _named(entry, parts.path, parts.query) for entry in self.deny):
             raise ToolFailure(f"this page of {host} may not be opened", ToolErrorKind.BLOCKED)
         shown = f"[{host}]" if ":" in host else host
         if parts.port is not None:
@@ -257,6 +265,10 @@ def _matches(entry: str, host: str, path: str) -> bool:
     if host != domain and not host.endswith(f".{domain}"):
         return False
     return not slash or _plain_path(path).startswith(_plain_path(f"/{prefix}"))
+
+
+def _named(entry: str, path: str, query: str) -> bool:
+    return "/" in entry and any(f"/{entry}".rstrip("/").casefold() in _plain_path(text) for text in (path, query))
 
 
 def _plain_path(path: str) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import random
 from collections.abc import Sequence
 
 import pytest
+from yarl import URL
 
 from tools.guard import Guard, is_ours
 from tools.types import ToolErrorKind, ToolFailure
@@ -192,3 +194,43 @@ def test_what_is_no_unicode_is_no_url(url: str) -> None:
 def test_own_addresses_are_known(address: str, ours: bool) -> None:
     """By the routing table; nothing is sent. That a public one is refused too cannot be shown without having one."""
     assert is_ours(ipaddress.ip_address(address), 80) is ours
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://archive.example/web/2026/https://github.com/shan23chen/x",
+        "https://reader.example/http%3A%2F%2Fgithub.com%2FShan23chen",
+        "https://translate.example/?u=https%253A%252F%252Fgithub.com/shan23chen",
+        "https://archive.example/https://shan23chen.github.io",
+    ],
+)
+def test_nor_through_a_site_that_shows_others(url: str) -> None:
+    with pytest.raises(ToolFailure, match="may not be opened"):
+        Guard().check_url(url)
+    assert Guard(deny=("github.com",)).check_url(url), "a whole domain may be named"
+
+
+def test_what_is_checked_is_what_the_client_dials() -> None:
+    """aiohttp has a parser of its own: whatever gets through ours must be the same host and port to it."""
+    pieces = [
+        *"a1.@:/\\?#[]%{}|^`~!$&'()*+,;=_-。①ⅷß\u200d\u00ad／＠：．\t ",
+        "%2f",
+        "%40",
+        "%00",
+        "127.0.0.1",
+        "a.org",
+    ]
+    random_ = random.Random(1)
+    accepted = 0
+    for _ in range(20_000):
+        host = "".join(random_.choices(pieces, k=random_.randint(1, 10)))
+        try:
+            target = Guard().check_url(f"http://{random_.choice(['', 'a.org', '127.0.0.1'])}{host}")
+        except ToolFailure:
+            continue
+        accepted += 1
+        dialled = URL(target.url)
+        assert (dialled.scheme, dialled.raw_host, dialled.port) == (target.scheme, target.host, target.port)
+        assert Guard().check_url(target.url) == target
+    assert accepted > 500
