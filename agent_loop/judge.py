@@ -25,6 +25,7 @@ from typing import Any
 from agent_loop.chat_policy import ChatPolicy
 from agent_loop.episodes import BadLine, read_episodes
 from agent_loop.types import Episode, PolicyError
+from envs.types import Message
 
 EXIT_USAGE, EXIT_DATA, EXIT_SERVER = 2, 4, 5
 MAX_ANSWER_CHARS = 2000
@@ -91,7 +92,7 @@ async def judge(policy: ChatPolicy, episode: Episode) -> Verdict:
         return said(False, "no answer")
     question = str(episode.task.messages[-1].get("content") or "")
     asked = {"question": question, "expected": expected, "answer": answer[:MAX_ANSWER_CHARS]}
-    messages = [
+    messages: list[Message] = [
         {"role": "system", "content": INSTRUCTIONS},
         {"role": "user", "content": json.dumps(asked, ensure_ascii=False, indent=1)},
     ]

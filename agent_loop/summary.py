@@ -11,6 +11,9 @@ from statistics import fmean
 from agent_loop.types import Episode, TokenTrace
 from envs.types import StopReason
 
+MAX_TOOLS_SHOWN = 20
+"""A model may invent any number of names."""
+
 
 @dataclass(frozen=True, slots=True)
 class Summary:
@@ -24,7 +27,8 @@ class Summary:
     pass_at: dict[str, float]
     """`pass@1`, `pass@2` ...: chance that one of k episodes of a task succeeds (unbiased); empty without a grader."""
     by_type: dict[str, dict[str, float]]
-    """`graded` episodes and their share of `success`, by the tasks' `metadata.question_type` if there are several."""
+    """By the tasks' `metadata.question_type`, where there are several, in the order of their `metadata.hops`: `graded`
+    episodes, their share of `success`; where tasks say it `hops`, `real` (see `real_success`), and each baseline."""
     real_success: float | None
     """Share of successes among tasks that have an answer: their `metadata.is_na` is false. None where no task says."""
     baselines: dict[str, float]
@@ -34,6 +38,8 @@ class Summary:
     turns: float | None
     """Mean, like all numbers below, over the episodes that did not fail."""
     tool_calls: float | None
+    tool_use: dict[str, float]
+    """Calls an episode, by tool; malformed ones, which name no tool for sure, are left out."""
     tool_errors: dict[str, float]
     """Share of all calls, by kind."""
     parse_errors: int
@@ -64,11 +70,12 @@ def summarise(episodes: Sequence[Episode], *, model: str, env: str, teacher: boo
         failed=len(episodes) - len(played),
         pass_at=pass_at(episodes),
         by_type=by_type(episodes),
-        real_success=_success([e for e in _graded(episodes) if e.task.metadata.get("is_na") is False]),
+        real_success=_success(_real(_graded(episodes))),
         baselines=baselines(episodes),
         stop_reasons={reason: count / len(episodes) for reason, count in stops.most_common()},
         turns=_mean([len(e.turns) for e in played]),
         tool_calls=_mean([sum(len(t.message.tool_calls) for t in e.turns) for e in played]),
+        tool_use=_tool_use(played),
         tool_errors={kind: count / len(results) for kind, count in errors.most_common()},
         parse_errors=sum(t.num_parse_errors for e in played for t in e.turns),
         sampled_tokens=_mean([e.num_sampled for e in with_tokens]),
@@ -119,15 +126,37 @@ def by_type(episodes: Sequence[Episode]) -> dict[str, dict[str, float]]:
         groups[str(episode.task.metadata.get("question_type"))].append(episode)
     if len(groups) < 2:
         return {}
-    return {name: {"graded": len(group), "success": _success(group) or 0.0} for name, group in sorted(groups.items())}
+    order = sorted(groups, key=lambda name: (_hops(groups[name]) or math.inf, name))
+    return {name: _numbers(groups[name]) for name in order}
+
+
+def _numbers(group: Sequence[Episode]) -> dict[str, float]:
+    told = {"hops": _hops(group), "success": _success(group), "real": _success(_real(group)), **baselines(group)}
+    return {"graded": len(group)} | {name: value for name, value in told.items() if value is not None}
+
+
+def _hops(group: Sequence[Episode]) -> float | None:
+    return _mean([e.task.metadata["hops"] for e in group if type(e.task.metadata.get("hops")) is int])
+
+
+def _real(episodes: Sequence[Episode]) -> list[Episode]:
+    """Those of tasks that say that they have an answer."""
+    return [e for e in episodes if e.task.metadata.get("is_na") is False]
+
+
+def _tool_use(episodes: Sequence[Episode]) -> dict[str, float]:
+    calls = Counter(c.name for e in episodes for t in e.turns for c in t.message.tool_calls if c.parse_error is None)
+    return {name: count / len(episodes) for name, count in calls.most_common(MAX_TOOLS_SHOWN)}
 
 
 def baselines(episodes: Sequence[Episode]) -> dict[str, float]:
     """Of the tasks that were played, each once."""
     told: dict[str, dict[str, float]] = defaultdict(dict)
     for episode in episodes:
-        for name, right in (episode.task.metadata.get("baselines") or {}).items():
-            told[name][episode.task.id] = float(right)
+        said = episode.task.metadata.get("baselines")  # a task file's own: anything may stand there
+        for name, right in said.items() if isinstance(said, dict) else ():
+            if isinstance(right, int | float):
+                told[name][episode.task.id] = float(right)
     return {name: fmean(rights.values()) for name, rights in told.items()}
 
 
@@ -146,6 +175,15 @@ def _pass_at(n: int, c: int, k: int) -> float:
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
+def _type_label(name: str, of: dict[str, float]) -> str:
+    return f"  {of['hops']:.0f}: {name}" if "hops" in of else f"  {name}"
+
+
+def _type_row(of: dict[str, float]) -> str:
+    beside = [f"{name} {share:.1%}" for name, share in of.items() if name not in ("graded", "success", "hops")]
+    return f"{of['success']:.1%} of {of['graded']:.0f}" + (f" ({', '.join(beside)})" if beside else "")
+
+
 def table(summary: Summary) -> str:
     """The summary for a person."""
 
@@ -155,13 +193,14 @@ def table(summary: Summary) -> str:
     rows = [("model", summary.model), ("environment", summary.env)]
     rows.append(("episodes", f"{summary.episodes} ({summary.failed} failed)"))
     rows += [(name, f"{value:.1%}") for name, value in summary.pass_at.items()] or [("success", "not graded")]
-    rows += [(f"  {name}", f"{of['success']:.1%} of {of['graded']:.0f}") for name, of in summary.by_type.items()]
+    rows += [(_type_label(name, of), _type_row(of)) for name, of in summary.by_type.items()]
     if summary.real_success is not None:
         rows.append(("success where there is an answer", f"{summary.real_success:.1%}"))
     rows += [(f"without any work: {name}", f"{share:.1%}") for name, share in summary.baselines.items()]
     rows += [
         ("turns", number(summary.turns, "{:.2f}")),
         ("tool calls", number(summary.tool_calls, "{:.2f}")),
+        *((f"  {name}", f"{count:.2f}") for name, count in summary.tool_use.items()),
         ("malformed calls", str(summary.parse_errors)),
         ("sampled tokens", number(summary.sampled_tokens, "{:.1f}")),
         ("episode tokens", number(summary.episode_tokens, "{:.1f}")),

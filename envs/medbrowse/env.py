@@ -173,8 +173,9 @@ def _grade(task: Task, state: dict[str, Any], messages: Sequence[Message]) -> di
         return {}
     kind = str(task.metadata.get("question_type", ""))
     grade = comp_graders.grade if kind in comp_graders.COMP_GRADERS else graders.grade
-    accepted = task.metadata.get("accepted") or [expected]
-    right = any(grade(kind, answer, str(gold)) for gold in accepted)
+    accepted = task.metadata.get("accepted")
+    golds = accepted if isinstance(accepted, list) and accepted else [expected]
+    right = any(grade(kind, answer, str(gold)) for gold in golds)
     return {"success": float(right), "answered": float(answer is not None)}
 
 

@@ -127,6 +127,7 @@ def test_messages_only(folder: Path, capsys: pytest.CaptureFixture[str]) -> None
     summary = json.loads(capsys.readouterr().out)
     assert summary["pass_at"] == {"pass@1": 1.0}
     assert (summary["turns"], summary["tool_calls"], summary["sampled_tokens"]) == (2.0, 1.0, None)
+    assert summary["tool_use"] == {"add": 1.0}
 
 
 def test_an_environment_without_a_grader(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -289,7 +290,8 @@ def test_failures_are_failures_and_what_is_not_graded_is_left_out() -> None:
 def test_success_by_type_where_there_is_an_answer_and_beside_what_takes_no_work() -> None:
     def asked(name: str, reward: float | None, *, kind: str, is_na: bool, constant: float) -> Episode:
         episode = graded(name, reward)
-        metadata = {"question_type": kind, "is_na": is_na, "baselines": {"constant": constant}}
+        hops = 2 if kind == "date" else 1
+        metadata = {"question_type": kind, "hops": hops, "is_na": is_na, "baselines": {"constant": constant}}
         return replace(episode, task=replace(episode.task, metadata=metadata))
 
     summary = summarise(
@@ -302,13 +304,19 @@ def test_success_by_type_where_there_is_an_answer_and_beside_what_takes_no_work(
         model="m",
         env="e",
     )
-    assert summary.by_type == {"date": {"graded": 3, "success": 1 / 3}, "name": {"graded": 1, "success": 1.0}}
+    assert list(summary.by_type) == ["name", "date"]  # by hops
+    assert summary.by_type == {
+        "name": {"graded": 1, "hops": 1, "success": 1.0, "real": 1.0, "constant": 0.0},
+        "date": {"graded": 3, "hops": 2, "success": 1 / 3, "real": 0.0, "constant": 0.5},
+    }
     assert summary.real_success == pytest.approx(1 / 3)
     assert summary.baselines == {"constant": pytest.approx(1 / 3)}
     shown = table(summary)
-    assert "  date " in shown
-    assert "33.3% of 3" in shown
+    assert re.search(r"^  2: date +33.3% of 3 \(real 0.0%, constant 50.0%\)$", shown, re.MULTILINE)
     assert "without any work: constant" in shown
+    odd = [asked("a", 1.0, kind="date", is_na=True, constant=0.0), graded("b", 0.0)]
+    odd[0].task.metadata.update(baselines=["constant"], hops="two")  # a task file of somebody's own
+    assert summarise(odd, model="m", env="e").baselines == {}
     plain = summarise([graded("a", 1.0)], model="m", env="e")
     assert (plain.by_type, plain.real_success, plain.baselines) == ({}, None, {})
 
