@@ -27,6 +27,7 @@ from envs.converters.rows import OnBadRow, Row, iter_rows
 from envs.dataset import raise_error, task_from_row
 from envs.jsonl import TaskError
 from envs.medbrowse import comp_graders
+from envs.medbrowse.graders import parse_date
 from envs.types import Task
 
 Purpose = Literal["eval", "train", "held-out"]
@@ -240,7 +241,7 @@ def _baselines(questions: Sequence[_Question]) -> list[dict[str, bool | None]]:
         letter = _LETTER.search(question.prompt)
         letters.append(letter[1].upper() if letter is not None else None)
         if question.golds:
-            gold = comp_graders.plain_gold(_type_of(question), question.golds[0])
+            gold = _guess(_type_of(question), question.golds[0])
             by_type[question.kind][gold] += 1
             if letters[-1] is not None:
                 by_letter[question.kind, letters[-1]].append((question.trial, gold))
@@ -252,6 +253,12 @@ def _baselines(questions: Sequence[_Question]) -> list[dict[str, bool | None]]:
         guesses = {"constant": by_type[question.kind], "letter": others if first is not None else None}
         found.append({name: _is_right(question, counts) for name, counts in guesses.items()})
     return found
+
+
+def _guess(kind: str, gold: str) -> str:
+    """What a guesser would say for a gold: only the year where only the year is asked for."""
+    day = parse_date(gold) if kind == comp_graders.YEAR else None
+    return str(day.year) if day is not None else comp_graders.plain_gold(kind, gold)
 
 
 def _is_right(question: _Question, guesses: Counter[str] | None) -> bool | None:

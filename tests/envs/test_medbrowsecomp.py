@@ -83,6 +83,17 @@ def test_what_takes_no_browsing_is_told(source: str) -> None:
     assert told["Ingredient"] == {"constant": 0.0, "letter": 0.0}
 
 
+def test_who_guesses_a_year_guesses_no_day(tmp_path: Path) -> None:
+    """Two days of one year beside a day that stands twice: the year is the commonest."""
+    golds = ("Jan 1, 2030", "Jan 1, 2030", "May 1, 2031", "May 2, 2031", "May 3, 2031")
+    lines = [
+        {"prompt": f"NCT9900000{i}: in the format YYYY", "gold": gold, "task_name": "Patent_Expire_Date_Text"}
+        for i, gold in enumerate(golds)
+    ]
+    told = [task.metadata["baselines"] for task in convert(write_csv(tmp_path / "a.csv", lines))]
+    assert told == [{"constant": float(gold.endswith("2031"))} for gold in golds]
+
+
 def test_a_letter_that_two_trials_share_helps(tmp_path: Path) -> None:
     twice = rows(("Abelumab", "Abelumab"))
     told = [task.metadata["baselines"] for task in convert(write_csv(tmp_path / "a.csv", twice))]
