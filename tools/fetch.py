@@ -62,6 +62,8 @@ class FetchLimits:
     """For everything: waiting for the host's turn, robots.txt, redirects, the last byte."""
     max_bytes: int = 5_000_000
     """Of one answer, after decompression."""
+    cut: bool = False
+    """A longer answer is cut there, not refused."""
     max_redirects: int = 5
     content_types: tuple[str, ...] = TEXT_TYPES
     """Types, or their beginnings, that are read. An answer without a type is."""
@@ -182,7 +184,7 @@ class HttpClient:
                     content = b""
                 else:
                     _check_type(kind, limits)
-                    content = await _read(response, limits.max_bytes)
+                    content = await _read(response, limits)
                 return Fetched(
                     url=target.url,
                     final_url=target.url,
@@ -217,7 +219,7 @@ class HttpClient:
         return self._session
 
     async def _robots_txt(self, url: str) -> tuple[int, bytes]:
-        limits = replace(self.limits, max_bytes=2 * ROBOTS_BYTES, content_types=("",))
+        limits = replace(self.limits, max_bytes=ROBOTS_BYTES, cut=True, content_types=("",))
         answer = await self._get(url, {}, None, limits)
         return answer.status, answer.body
 
@@ -290,7 +292,7 @@ def _check_type(kind: str, limits: FetchLimits) -> None:
         raise ToolFailure(f"this is {kind[:60]}, which cannot be read", ToolErrorKind.BLOCKED)
 
 
-async def _read(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
+async def _read(response: aiohttp.ClientResponse, limits: FetchLimits) -> bytes:
     """The whole body, decompressed piece by piece, so that no more than the limit is ever in memory.
 
     Raises:
@@ -304,9 +306,11 @@ async def _read(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
     num_packed = 0
     async for chunk in response.content.iter_chunked(SIZE_CHUNK):
         num_packed += len(chunk)
-        body += chunk if inflate is None else inflate(chunk, max_bytes + 1 - len(body))
-        if len(body) > max_bytes or num_packed > max_bytes:
-            raise ToolFailure(f"the page is larger than {max_bytes / 1e6:g} MB")
+        body += chunk if inflate is None else inflate(chunk, limits.max_bytes + 1 - len(body))
+        if len(body) > limits.max_bytes or num_packed > limits.max_bytes:
+            if limits.cut:
+                return bytes(body[: limits.max_bytes])
+            raise ToolFailure(f"the page is larger than {limits.max_bytes / 1e6:g} MB")
     return bytes(body)
 
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 import gzip
 import resource
+import shutil
+import ssl
+import subprocess
 import time
 import zlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +19,6 @@ from tests.fakes.raw_site import RawSite, raw_site, reply
 from tools.fetch import Fetched, FetchLimits, HttpClient, user_agent
 from tools.guard import Guard
 from tools.rate import HostRate
-from tools.robots import MAX_HOSTS, Robots
 from tools.types import ToolErrorKind, ToolFailure
 
 LIMITS = FetchLimits(timeout_s=3.0, max_bytes=100_000)
@@ -333,85 +336,6 @@ async def test_json_is_posted_without_redirects() -> None:
     assert site.num_connections == 2
 
 
-# robots.txt
-
-
-async def test_robots_are_asked_once_and_obeyed() -> None:
-    rules = b"User-agent: *\nDisallow: /private\nUser-agent: distill-gym\nDisallow: /ours\n"
-    pages = {"/robots.txt": reply(body=rules, content_type="text/plain")}
-    async with raw_site(pages) as site, client_of(site, robots=True) as client:
-        await client.get(site.url("/private"))
-        with pytest.raises(ToolFailure, match="does not want robots") as raised:
-            await client.get(site.url("/ours/x"))
-    assert raised.value.kind is ToolErrorKind.BLOCKED
-    assert [head.split(" ")[1] for head in site.heads] == ["/robots.txt", "/private"]
-
-
-@pytest.mark.parametrize(
-    ("status", "allowed"), [("404 No", True), ("403 No", True), ("500 No", False), ("429 No", False)]
-)
-async def test_robots_that_cannot_be_had(status: str, allowed: bool) -> None:
-    async with raw_site({"/robots.txt": reply(status)}) as site, client_of(site, robots=True) as client:
-        if allowed:
-            assert (await client.get(site.url("/a"))).status == 200
-        else:
-            with pytest.raises(ToolFailure, match="left alone"):
-                await client.get(site.url("/a"))
-
-
-@pytest.mark.parametrize(
-    "rules",
-    [b"", b"\xff\xfe\x00 no text", b"Disallow /x\n:::\n" * 1000, b"User-agent: *\nAllow: /\n" + b"#" * 600_000,
-     b"User-agent: *\nCrawl-delay: 1e9\n", b"User-agent: *\nCrawl-delay: -5\nDisallow: /*/*/*/*/*/*/*$\n"],
-)  # fmt: skip
-async def test_robots_that_are_strange_stop_nobody(rules: bytes) -> None:
-    pages = {"/robots.txt": reply(body=rules, content_type="text/plain")}
-    async with raw_site(pages) as site, client_of(site, robots=True) as client:
-        assert (await client.get(site.url("/a"))).status == 200
-
-
-async def test_a_redirect_is_asked_about_too() -> None:
-    pages = {
-        "/robots.txt": reply(body=b"User-agent: *\nDisallow: /b", content_type="text/plain"),
-        "/a": reply("302 Found", location="/b"),
-    }
-    async with raw_site(pages) as site, client_of(site, robots=True) as client:
-        with pytest.raises(ToolFailure, match="does not want robots"):
-            await client.get(site.url("/a"))
-
-
-async def test_turns_of_a_host_are_spaced() -> None:
-    rate = HostRate({"a.org": 600})
-    began = time.monotonic()
-    await asyncio.gather(*(rate.turn("a.org") for _ in range(4)))
-    assert 0.29 < time.monotonic() - began < 1.0
-    assert rate.seconds_between("eutils.ncbi.nlm.nih.gov") == pytest.approx(1 / 3)
-    rate.space("a.org", 2.0)
-    assert rate.seconds_between("a.org") == 2.0
-
-
-async def test_who_gave_up_waiting_leaves_the_turn_to_the_next() -> None:
-    rate = HostRate({"a.test": 600.0})
-    await rate.turn("a.test")
-    for _ in range(50):  # fifty turns a tenth of a second apart would be five seconds
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(rate.turn("a.test"), 0.001)
-    began = time.monotonic()
-    await rate.turn("a.test")
-    assert time.monotonic() - began < 1.0
-
-
-async def test_a_wish_to_be_left_alone_holds_for_those_who_wait() -> None:
-    rate = HostRate({"a.test": 600.0})
-    await rate.turn("a.test")
-    began = time.monotonic()
-    waiting = asyncio.ensure_future(rate.turn("a.test"))
-    await asyncio.sleep(0)
-    rate.hold("a.test", 0.5)
-    await waiting
-    assert time.monotonic() - began >= 0.45
-
-
 async def test_headers_that_are_no_unicode() -> None:
     async def handle(writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\nETag: \xff\xfe\r\nContent-Type: text/html; charset=\xff\r\n\r\nx")
@@ -427,26 +351,40 @@ async def test_headers_that_are_no_unicode() -> None:
     assert moved.final_url == site.url("/%C3%A9%EF%BF%BD")
 
 
-async def test_rules_of_hosts_without_end_are_not_all_kept() -> None:
-    asked: list[str] = []
-
-    async def get_rules(url: str) -> tuple[int, bytes]:
-        asked.append(url)
-        return 404, b""
-
-    robots = Robots(get_rules, HostRate(), "distill-gym")
-    for number in range(MAX_HOSTS + 10):
-        await robots.check(f"https://h{number}.test/")
-        await robots.check("https://often.test/")
-    assert len(asked) == MAX_HOSTS + 11, "the one that is used often was asked once"
-    await robots.check("https://h0.test/")
-    assert asked[-1] == "https://h0.test/robots.txt", "the oldest was forgotten"
+@pytest.fixture
+def certificate(tmp_path: Path) -> tuple[Path, Path]:
+    """A self-signed certificate and its key."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("openssl makes the certificate; it is not installed")
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    made = ("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=site.example", "-days", "2")
+    written = ("-keyout", str(key), "-out", str(certificate))
+    subprocess.run([openssl, *made, *written], check=True, capture_output=True, timeout=60)
+    return certificate, key
 
 
-async def test_rules_that_are_made_to_be_slow() -> None:
-    rules = b"User-agent: *\n" + b"".join(b"Disallow: /*%sb%d$\n" % (b"a*" * 20, i) for i in range(7000))
-    pages = {"/robots.txt": reply(body=rules, content_type="text/plain")}
-    async with raw_site(pages) as site, client_of(site, robots=True) as client:
-        began = time.monotonic()
-        assert (await client.get(site.url("/" + "a" * 1800))).status == 200
-        assert time.monotonic() - began < 3.0
+async def test_a_site_with_another_s_certificate_is_refused(certificate: tuple[Path, Path]) -> None:
+    """The name is told and checked though an address is dialled."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*certificate)
+    names: list[str | None] = []
+    context.sni_callback = lambda _, name, __: names.append(name)
+    heads: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heads.append(await reader.read(100))
+        writer.close()
+
+    async def resolver(host: str) -> Sequence[str]:
+        return ("127.0.0.1",)
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
+    port = server.sockets[0].getsockname()[1]
+    guard = Guard(open_addresses=(f"127.0.0.1:{port}",), resolver=resolver)
+    async with client_of(guard=guard) as client:
+        with pytest.raises(ToolFailure, match="certificate is not trusted"):
+            await client.get(f"https://site.example:{port}/")
+    server.close()
+    assert names == ["site.example"]
+    assert heads == [], "not a byte of the request was sent"
