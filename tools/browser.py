@@ -29,6 +29,7 @@ from tools.tab import CALL_TIMEOUT_S, Tab, TabFailed
 
 logger = logging.getLogger(__name__)
 WATCH_S = 0.5
+CLOSE_TRIES = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +78,15 @@ class BrowserContext:
         self._id = ""
         self._lock = asyncio.Lock()
         self._closed = False
+        self.idle: Tab | None = None
+        """A tab that the next page may use: a new one costs a process, which takes far longer than most pages."""
+
+    def keep(self, generation: _Generation, tab: Tab) -> bool:
+        """Whether the tab is this context's idle one from now on."""
+        if self._closed or self._generation is not generation or self.idle is not None:
+            return False
+        self.idle = tab
+        return True
 
     async def _id_in(self, generation: _Generation) -> str:
         async with self._lock:
@@ -100,6 +110,8 @@ class BrowserContext:
 
     def _dispose(self) -> None:
         generation, self._generation = self._generation, None
+        self.idle = None  # it goes with the context
+        self._browser.forget(self)
         if generation is not None:
             self._browser.chore(self._browser.disposed(generation, self._id))
 
@@ -118,6 +130,8 @@ class Browser:
         """Chromium processes started so far."""
         self._generation: _Generation | None = None
         self._others: set[_Generation] = set()
+        self._idle: dict[BrowserContext, None] = {}
+        """Contexts with an idle tab, the one that has been idle for longest first."""
         self._starting: asyncio.Task[_Generation] | None = None
         self._tabs = asyncio.Semaphore(settings.max_tabs)
         self._chores: set[asyncio.Task[None]] = set()
@@ -143,6 +157,11 @@ class Browser:
             try:
                 context_id = await context._id_in(generation)
                 connection = generation.chromium.connection
+                tab = self._take_idle(context, generation)
+                if tab is not None:
+                    target = tab.target
+                    yield tab
+                    return
                 created = await connection.create(
                     "Target.createTarget",
                     lambda late: _send(generation, "Target.closeTarget", **late),
@@ -162,7 +181,35 @@ class Browser:
                 self._retire(generation)
                 raise TabFailed("the browser opened no page") from None
             finally:
-                await asyncio.shield(self.chore(self._close_tab(generation, target, tab)))
+                await asyncio.shield(self.chore(self._leave_tab(generation, context, target, tab)))
+
+    async def _leave_tab(self, generation: _Generation, context: BrowserContext, target: str, tab: Tab | None) -> None:
+        """Keeps the tab for the context's next page if all went well, else closes it."""
+        if tab is not None and tab.reusable and generation.fit:
+            with suppress(TimeoutError, CallFailed, BrowserGone, TabFailed):
+                await tab.blank()
+                if context.keep(generation, tab):
+                    self._idle[context] = None
+                    if len(self._idle) > self.settings.max_tabs:
+                        self._close_idle(next(iter(self._idle)), generation)
+                    self._done_with_page(generation)
+                    return
+        await self._close_tab(generation, target, tab)
+
+    def _take_idle(self, context: BrowserContext, generation: _Generation) -> Tab | None:
+        if context.idle is not None and not context.idle.crashed:
+            tab, context.idle = context.idle, None
+            del self._idle[context]
+            return tab
+        self._close_idle(context, generation)
+        return None
+
+    def _close_idle(self, context: BrowserContext, generation: _Generation) -> None:
+        tab, context.idle = context.idle, None
+        self._idle.pop(context, None)
+        if tab is not None:
+            generation.open += 1  # while it is being closed
+            self.chore(self._close_tab(generation, tab.target, tab))
 
     async def _close_tab(self, generation: _Generation, target: str, tab: Tab | None) -> None:
         try:
@@ -171,8 +218,13 @@ class Browser:
             if target:
                 # The answer comes before the page is gone, and for a page that is stuck it never goes.
                 connection, ended = generation.chromium.connection, generation.ended(target)
-                await connection.call("Target.closeTarget", targetId=target, timeout_s=CALL_TIMEOUT_S)
-                await asyncio.wait_for(ended, CALL_TIMEOUT_S)
+                for _ in range(CLOSE_TRIES):  # a navigation that commits meanwhile makes Chromium forget the first
+                    await connection.call("Target.closeTarget", targetId=target, timeout_s=CALL_TIMEOUT_S)
+                    await asyncio.wait({ended}, timeout=CALL_TIMEOUT_S / CLOSE_TRIES)
+                    if ended.done():
+                        break
+                else:
+                    raise TimeoutError
         except (CallFailed, BrowserGone):
             pass  # it is not there any more
         except TimeoutError:
@@ -180,8 +232,15 @@ class Browser:
             self._retire(generation)
         finally:
             generation.ending.pop(target, None)
-            generation.open -= 1
-            self._end_if_done(generation)
+            self._done_with_page(generation)
+
+    def _done_with_page(self, generation: _Generation) -> None:
+        generation.open -= 1
+        self._end_if_done(generation)
+
+    def forget(self, context: BrowserContext) -> None:
+        """Its idle tab is gone."""
+        self._idle.pop(context, None)
 
     async def disposed(self, generation: _Generation, context_id: str) -> None:
         """Removes a context."""

@@ -76,7 +76,8 @@ FLAGS = (
     "--disable-sync",
     "--dns-prefetch-disable",
     "--no-pings",
-    "--disable-features=AutofillServerCommunication,CertificateTransparencyComponentUpdater,DialMediaRouteProvider,"
+    "--disable-features=AutofillServerCommunication,BackForwardCache,CertificateTransparencyComponentUpdater,"
+    "DialMediaRouteProvider,"
     "GlobalMediaControls,HttpsFirstBalancedModeAutoEnable,HttpsUpgrades,InterestFeedContentSuggestions,MediaRouter,"
     "NetworkPrediction,NetworkTimeServiceQuerying,OptimizationGuideModelDownloading,OptimizationHints,PaintHolding,"
     "Prerender2,ServiceWorkerAutoPreload,Translate",
@@ -92,6 +93,9 @@ FLAGS = (
     "--disable-prompt-on-repost",
     "--disable-dev-shm-usage",  # /dev/shm is 64 MB in many containers, and a page that fills it crashes
 )
+
+
+TARGETS = ("page", "iframe", "worker", "shared_worker", "service_worker")
 
 
 class BrowserMissing(Exception):
@@ -235,7 +239,7 @@ class Chromium:
         processes = self.processes()
         return Census(
             processes=len(processes),
-            targets=len([target for target in targets["targetInfos"] if target["type"] not in ("tab", "browser")]),
+            targets=len([target for target in targets["targetInfos"] if target["type"] in TARGETS]),
             contexts=len(contexts["browserContextIds"]),
             descriptors=descriptors(),
             private_mb=sum(private_mb(pid) for pid in processes),

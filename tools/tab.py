@@ -84,6 +84,7 @@ class _State:
     """What the events have told so far."""
 
     frame: str = ""
+    committed: bool = False
     parsed: bool = False
     refused: bool = False
     """The page was not let go elsewhere. Chromium stops parsing a page that wanted to."""
@@ -104,8 +105,11 @@ class Tab:
         self._session = session
         self._state = _State()
         self._changed = asyncio.Event()
+        self._blank = asyncio.Event()
         self._document: Document | None = None
         self._allowed: Allowed | None = None
+        self.reusable = False
+        """The last page was read without any trouble, so that the tab may show another one."""
         self._answers: set[asyncio.Task[None]] = set()
         self._crash: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         connection.handlers[session] = self._on_event
@@ -130,7 +134,10 @@ class Tab:
         Raises:
             TabStuck: it does not answer. TabFailed: it crashed. BrowserGone: the whole browser did.
         """
+        frame = self._state.frame
+        self._state = _State(frame=frame)
         self._document, self._allowed = document, allowed
+        self.reusable = False
         self._connection.send("Page.navigate", self._session, url=document.url)
         deadline = time.monotonic() + settle_s
         while True:
@@ -147,6 +154,7 @@ class Tab:
         state = self._state
         if state.unreachable and not state.elsewhere:
             raise TabFailed("the page sent the reader to a place that cannot be loaded")
+        self.reusable = quiet and state.parsed and len(state.navigations) == 1
         return Rendered(
             html=str(read["html"]),
             title=str(read["title"]),
@@ -158,11 +166,31 @@ class Tab:
             whole=state.parsed,
         )
 
+    @property
+    def crashed(self) -> bool:
+        return self._crash.done()
+
+    async def blank(self) -> None:
+        """Leaves the page: nothing of it runs any more.
+
+        Raises:
+            TimeoutError, CallFailed, BrowserGone, TabFailed: it could not be left.
+        """
+        self._state = _State(frame=self._state.frame)
+        self._blank.clear()
+        await self._connection.call("Page.navigate", self._session, url="about:blank", timeout_s=CALL_TIMEOUT_S)
+        await asyncio.wait_for(self._blank.wait(), CALL_TIMEOUT_S)
+        if self._crash.done() or self._answers:
+            raise TabFailed(CRASHED)
+
     def detach(self) -> None:
         """Hears and answers nothing any more; `Browser` closes the target."""
         self._connection.handlers.pop(self._session, None)
         for task in self._answers:
             task.cancel()
+        # A request that waits for an answer would keep the page from being closed.
+        self._answer("Page.stopLoading")
+        self._answer("Target.detachFromTarget", sessionId=self._session)
 
     def _is_quiet(self) -> bool:
         return (self._state.parsed or self._state.refused) and not self._state.running
@@ -291,13 +319,20 @@ class Tab:
     def _on_navigated(self, params: dict[str, Any]) -> None:
         frame = params["frame"]
         if frame["id"] == self._state.frame:
+            if frame["url"] == "about:blank":  # the page before; or the page left, and there is nothing more to read
+                self._state.refused = self._state.committed
+                self._state.committed = self._state.parsed = False
+                self._blank.set()
+                self._change()
+                return
+            self._state.committed = True
             self._state.parsed = False
             self._state.running.clear()
             self._state.unreachable = bool(frame.get("unreachableUrl"))
             self._change()
 
     def _on_parsed(self, params: dict[str, Any]) -> None:
-        if self._state.navigations:  # not that of the blank page before
+        if self._state.committed:
             self._state.parsed = True
             self._change()
 
@@ -307,8 +342,9 @@ class Tab:
         self._change()
 
     def _answer(self, method: str, **params: Any) -> None:
+        session = "" if method.startswith("Target.") else self._session
         with suppress(BrowserGone):
-            self._connection.send(method, self._session, **params)
+            self._connection.send(method, session, **params)
 
 
 _HANDLERS: dict[str, Callable[[Tab, dict[str, Any]], None]] = {

@@ -310,7 +310,7 @@ async def test_floods_are_cut_and_the_browser_stays_small(site: str, settings: M
     assert "Acme Pharma" in ((await session.fetch(f"{site}/page")).text or "")
     census = await crawler.census()
     assert census is not None
-    assert census.targets == 0
+    assert census.targets <= 1
     assert census.private_mb < 600
     await session.aclose()
 
