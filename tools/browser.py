@@ -93,7 +93,9 @@ class BrowserContext:
             if self._closed:
                 raise RuntimeError("this browser context is closed")
             if self._generation is not generation:
-                self._dispose()
+                # The old one ends with its last page, which may be read even now.
+                self.idle = None
+                self._browser.forget(self)
                 call = generation.chromium.connection
                 created = await call.create(
                     "Target.createBrowserContext",
