@@ -75,6 +75,10 @@ class PageStore:
     def __len__(self) -> int:
         return len(self._pages)
 
+    def __bool__(self) -> bool:
+        """An empty store is one too: `store or ...` must not replace it."""
+        return True
+
     def __iter__(self) -> Iterator[Page]:
         return iter(self._pages)
 
