@@ -464,3 +464,8 @@ def test_merge_tells_conflicts(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert f"conflict: {B.url}: {tmp_path / 'two.jsonl'} answers otherwise" in printed.err
         assert "3 pages, 1 conflicts" in printed.out
         assert list(PageStore(tmp_path / name)) == [A, B, FAILED]
+
+
+def test_an_empty_store_is_one_too() -> None:
+    assert PageStore(())
+    assert len(PageStore(())) == 0
