@@ -75,7 +75,7 @@ def write_html(index: Index, runs: list[Path], pieces: list[Pieces | None], rows
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>Episodes</title>\n'
-        f'<style>{style}</style>\n</head>\n<body>\n'
+        f"<style>{style}</style>\n</head>\n<body>\n"
         f'<script type="application/json" id="data">{_inert(answers)}</script>\n'
         f'<script type="module">{script}</script>\n</body>\n</html>\n'
     )

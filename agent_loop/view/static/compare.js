@@ -29,7 +29,7 @@ export async function comparePage({ path }) {
     element,
     title: "Compare",
     keys: new Map([["u", () => unfold.click()], ["s", () => { location.hash = `#/compare/${path[2]}/${path[1]}`; }]]),
-    shown: () => views.forEach((view, side) => view?.select(Math.min(shared, traces[side].ids.length - 1), false)),
+    shown: () => views.forEach((view, side) => view?.select(Math.min(shared, traces[side].ids.length - 1), true)),
   };
 }
 

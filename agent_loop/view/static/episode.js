@@ -153,8 +153,7 @@ export async function episodePage({ path, query }) {
 
   function shown() {
     if (view) {
-      view.select(Math.min(state.token ?? 0, view.trace.ids.length - 1), true);
-      drawSide();
+      view.select(Math.max(0, Math.min(state.token ?? 0, view.trace.ids.length - 1)));
     } else if (state.view === "dialogue" && state.turn) talk.show(state.turn, false);
   }
 

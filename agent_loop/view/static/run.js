@@ -47,7 +47,7 @@ function runSection(run, page, index) {
       h("div", {}, h("h2", {}, "Why episodes stopped"), h("table", { class: "plain" }, Object.entries(run.stops)
         .sort((a, b) => b[1] - a[1])
         .map(([name, count]) => h("tr", {}, h("td", {}, h("a", { href: query(`stop:${name}`) }, oneLine(name))), h("td", { class: "num" }, number(count)),
-          h("td", { class: "barcell" }, bar(count / Math.max(1, run.episodes))))))),
+          h("td", { class: "barcell" }, bar(count / Math.max(1, run.episodes)))))),
         run.evals.length ? evalTable(run.evals) : null),
       h("div", {}, h("h2", {}, "Worst tokens of the run"),
         h("p", { class: "quiet" }, "By size of the reverse-KL sample; at most eight an episode."),
