@@ -18,7 +18,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-WORDS = "trial arm ingredient approval label dose patient outcome registry company patent price study phase".split()
+WORDS = (
+    "trial",
+    "arm",
+    "ingredient",
+    "approval",
+    "label",
+    "dose",
+    "patient",
+    "outcome",
+    "registry",
+    "company",
+    "patent",
+)
 
 
 def episode_line(number: int, *, tokens: int, seed: int = 0, turns: int = 8, step: int = 1, task: str = "") -> bytes:
@@ -56,15 +68,18 @@ def episode_line(number: int, *, tokens: int, seed: int = 0, turns: int = 8, ste
         played.append(
             {
                 "index": turn, "message": {"content": text, "reasoning": None, "tool_calls": [call], "finished": True},
-                "text": text, "observation": [{"role": "tool", "content": content}], "tool_results": [result], "trace": 0,
-                "start": start, "end": end, "finish_reason": "stop", "policy_version": step, "token_classes": [],
+                "text": text, "observation": [{"role": "tool", "content": content}], "tool_results": [result],
+                "trace": 0, "start": start, "end": end, "finish_reason": "stop", "policy_version": step, "token_classes": [],
                 "num_parse_errors": 0, "sample_s": 0.2, "env_s": 0.01,
             }
         )  # fmt: skip
     value = {
         "schema_version": 1, "id": f"{step}/{task}/0", "env_id": "generated", "stop_reason": "answered", "reward": None,
         "rewards": {}, "error": None, "policy_version": step, "seed": number, "timing": {"total": 1.0}, "metadata": {},
-        "task": {"id": task, "messages": [{"role": "user", "content": f"question {number}"}], "metadata": {}, "rewards": [], "tools": None},
+        "task": {
+            "id": task, "messages": [{"role": "user", "content": f"question {number}"}], "metadata": {}, "rewards": [],
+            "tools": None,
+        },
         "turns": played,
         "traces": [
             {

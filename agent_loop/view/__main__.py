@@ -100,6 +100,7 @@ def serve(options: argparse.Namespace, index: Index, pieces: list[Pieces | None]
     with socket.socket(family, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((options.host, options.port))
+        listener.listen(128)  # who reads the line below may connect at once
         port = listener.getsockname()[1]
         name = f"[{options.host}]" if options.host == "::1" else options.host
         print(f"{len(index.rows())} episodes on http://{name}:{port}/", flush=True)

@@ -1,7 +1,8 @@
 """Filters, order and full-text search over the rows.
 
 A query is words: `step:12`, `stop:timeout`, `kl>0.5`, `tools:search` look at the rows; `tool:timeout`,
-`user:"two words"` and bare words look at the dialogue, by role. All must hold; `-` before a word turns it round (row filters only).
+`user:"two words"` and bare words look at the dialogue, by role. All must hold; `-` before a word turns it round (row
+filters only).
 """
 
 from __future__ import annotations
