@@ -69,8 +69,8 @@ def episode_line(number: int, *, tokens: int, seed: int = 0, turns: int = 8, ste
             {
                 "index": turn, "message": {"content": text, "reasoning": None, "tool_calls": [call], "finished": True},
                 "text": text, "observation": [{"role": "tool", "content": content}], "tool_results": [result],
-                "trace": 0, "start": start, "end": end, "finish_reason": "stop", "policy_version": step, "token_classes": [],
-                "num_parse_errors": 0, "sample_s": 0.2, "env_s": 0.01,
+                "trace": 0, "start": start, "end": end, "finish_reason": "stop", "policy_version": step,
+                "token_classes": [], "num_parse_errors": 0, "sample_s": 0.2, "env_s": 0.01,
             }
         )  # fmt: skip
     value = {
@@ -128,7 +128,8 @@ for name, query in (("absent", "tool:zebrafish"), ("rare", "needleword"), ("comm
     start = time.perf_counter(); hits = find(index, query)
     found[f"search_{name}_s"] = time.perf_counter() - start
     found[f"search_{name}"] = [len(hits.rows), hits.searched]
-start = time.perf_counter(); find(index, "kl>0.1 is:scored", sort="-kl"); found["filter_sort_s"] = time.perf_counter() - start
+start = time.perf_counter(); find(index, "kl>0.1 is:scored", sort="-kl")
+found["filter_sort_s"] = time.perf_counter() - start
 found["rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 print(json.dumps(found))
 """
@@ -146,9 +147,11 @@ found = {}
 for row in index.rows():
     times = []
     for _ in range(5):
-        start = time.perf_counter(); body = msgspec.json.encode(episode_page(index, row, None)); times.append(time.perf_counter() - start)
+        start = time.perf_counter(); body = msgspec.json.encode(episode_page(index, row, None))
+        times.append(time.perf_counter() - start)
     html = write_html(index, [run], [None], [row])
-    found[str(row.tokens)] = {"answer_ms": 1000 * sorted(times)[2], "answer_mb": len(body) / 1e6, "html_mb": len(html.encode()) / 1e6}
+    sizes = {"answer_mb": len(body) / 1e6, "html_mb": len(html.encode()) / 1e6}
+    found[str(row.tokens)] = {"answer_ms": 1000 * sorted(times)[2], **sizes}
 print(json.dumps(found))
 """
 

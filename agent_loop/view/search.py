@@ -190,7 +190,7 @@ def spoken(value: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for message in value["task"]["messages"]:
         yield message["role"], message["content"]
     for turn in value["turns"]:
-        yield "assistant", turn["text"] or turn["message"]["content"]
+        yield "assistant", f"{turn['text']}\n{turn['message']['content']}"
         if turn["message"]["reasoning"]:
             yield "think", turn["message"]["reasoning"]
         for call in turn["message"]["tool_calls"]:
