@@ -87,7 +87,8 @@ def test_only_reading(server: Server, method: str) -> None:
 @pytest.mark.parametrize(
     "path",
     ["/../etc/passwd", "/static/../server.py", "/static/%2e%2e%2fserver.py", "/static/%00", "/static//etc/passwd",
-     "/static/", "/api/episode/../run", "/api/episode/%2e%2e", "/api/raw/" + "0" * 16, "/api/raw/..%2f..%2fconfig.json", "/docs"],
+     "/static/", "/api/episode/../run", "/api/episode/%2e%2e", "/api/raw/" + "0" * 16, "/api/raw/..%2f..%2fconfig.json",
+     "/docs"],
 )  # fmt: skip
 def test_no_path_leads_to_a_file(server: Server, path: str) -> None:
     assert ask(server, path)[0] in (400, 404)
