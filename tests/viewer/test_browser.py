@@ -147,9 +147,9 @@ def test_an_episode_by_keyboard(tab: Tab, server: Server) -> None:
     page.keyboard.press("r")
     assert "token ids, exact" in page.locator(".raw").inner_text()
     page.keyboard.press("n")
-    until(page, f"!location.hash.includes('{row['key']}')")
+    until(page, f"document.querySelector('h1').textContent !== '{row['id']}'")
     page.keyboard.press("p")
-    until(page, f"location.hash.includes('{row['key']}')")
+    until(page, f"document.querySelector('h1').textContent === '{row['id']}'")
     page.keyboard.press("?")
     assert page.locator("dialog.help[open]").count() == 1
     page.keyboard.press("Escape")
@@ -214,7 +214,7 @@ def test_hostile_traces(tab: Tab, server: Server) -> None:
 
 def test_one_file_from_disk(tab: Tab, run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.html"
-    assert main([str(run), "--export", str(out), "--query", "-step:1", "--cache", str(tmp_path)]) == 0
+    assert main([str(run), "--export", str(out), "--query=-step:1", "--cache", str(tmp_path)]) == 0
     page = tab.open(out.as_uri(), ".listrow")
     assert page.locator(".listrow").count() == 4
     page.locator(".listrow.failed").click()
