@@ -1,8 +1,8 @@
 """Reads the episodes of a run in the terminal.
 
-    python -m agent_loop.view runs/ID                    # list: one line an episode
-    python -m agent_loop.view runs/ID EPISODE            # one episode: the dialogue, turn by turn
-    python -m agent_loop.view runs/ID EPISODE --tokens   # every token: mask, student, teacher, difference
+    python -m agent_loop.view --text runs/ID                    # list: one line an episode
+    python -m agent_loop.view --text runs/ID EPISODE            # one episode: the dialogue, turn by turn
+    python -m agent_loop.view --text runs/ID EPISODE --tokens   # every token: mask, student, teacher, difference
 
 EPISODE is an id (`12/task/0`) or its number in the list. RUN is a run directory, a folder of episode files or one file.
 On a terminal, tokens that are not trained on are dim, and those that the teacher likes less are yellow (by 0.5 nats) or
@@ -162,7 +162,9 @@ def colour_of(trace: TokenTrace, i: int, gap: float | None) -> str:
 def main(argv: list[str] | None = None) -> int:
     """The command. Exit codes: 0 done, 2 nothing of that name."""
     parser = argparse.ArgumentParser(
-        prog="python -m agent_loop.view", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m agent_loop.view --text",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", type=Path)
     parser.add_argument("episode", nargs="?", help="id or number of one episode")
@@ -195,10 +197,6 @@ def show(arguments: argparse.Namespace) -> int:
             else:
                 show_episode(episode)
             return 0
-    listing = f"python -m agent_loop.view {arguments.run}"
+    listing = f"python -m agent_loop.view --text {arguments.run}"
     print(f"error: no episode {arguments.episode!r}; list them with {listing}", file=sys.stderr)
     return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())

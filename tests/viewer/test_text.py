@@ -18,7 +18,7 @@ from agent_loop.policy import ScriptedPolicy
 from agent_loop.renderer import Renderer, load_renderer
 from agent_loop.rollout import EpisodeJob, run_episode
 from agent_loop.types import Episode, EpisodeError
-from agent_loop.view import main, visible
+from agent_loop.view.text import main, visible
 from envs.tool_env import ToolEnv
 from envs.types import AssistantMessage, Message, StopReason, Task
 from tools.tool import Tool, tool
@@ -145,7 +145,7 @@ def test_on_a_terminal_tokens_are_coloured(run: Path) -> None:
     controller, terminal = pty.openpty()
     environment = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
     with subprocess.Popen(
-        [sys.executable, "-m", "agent_loop.view", str(run), "1", "--tokens"],
+        [sys.executable, "-m", "agent_loop.view", "--text", str(run), "1", "--tokens"],
         cwd=ROOT, stdout=terminal, stderr=subprocess.DEVNULL, env=environment,
     ) as process:  # fmt: skip
         os.close(terminal)
@@ -210,7 +210,7 @@ def test_what_is_not_there(run: Path, capsys: pytest.CaptureFixture[str], argume
 
 
 def test_a_reader_that_stops_reading(run: Path) -> None:
-    command = f"{sys.executable} -m agent_loop.view {run} 1 --tokens | (exec 0<&-; sleep 1)"
+    command = f"{sys.executable} -m agent_loop.view --text {run} 1 --tokens | (exec 0<&-; sleep 1)"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 
