@@ -8,5 +8,6 @@ pieces.py   token ids -> text
 server.py   the read-only server on loopback
 export.py   the same pages in one HTML file
 text.py     the terminal's reader
+tui.py      the terminal's screens (tui_episode.py, tui_parts.py)
 static/     the pages: ES modules, shipped as they are
 """

@@ -4,7 +4,8 @@
     python -m agent_loop.view runs/ID runs/OTHER             # two runs, to compare
     python -m agent_loop.view runs/ID --follow               # while training goes on
     python -m agent_loop.view runs/ID --export out.html --query "kl>1" # one file to send
-    python -m agent_loop.view --text runs/ID [EPISODE] [--tokens]      # in the terminal; see --text --help
+    python -m agent_loop.view runs/ID --tui                  # in the terminal, over ssh say
+    python -m agent_loop.view --text runs/ID [EPISODE] [--tokens]      # as plain text; see --text --help
 
 RUN is a run directory, a folder of episode files or one file. From another machine: `ssh -L 8765:127.0.0.1:8765`.
 """
@@ -43,7 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--query", default="", help="with --export: which episodes, as in the search field")
     parser.add_argument("--tokenizer", type=Path, help="folder with tokenizer.json, where the run does not have it")
     parser.add_argument("--cache", type=Path, help="folder of the index (default: in the user's cache)")
-    parser.add_argument("--text", action="store_true", help="read in the terminal instead")
+    parser.add_argument("--tui", action="store_true", help="screens in this terminal; needs the extra `tui`")
+    parser.add_argument("--text", action="store_true", help="plain text in the terminal instead")
     options = parser.parse_args(arguments)
     if options.host not in LOOPBACK:
         print(f"error: --host {options.host}: episodes are shown on loopback only; use ssh -L", file=sys.stderr)
@@ -68,7 +70,7 @@ def show(options: argparse.Namespace) -> int:
         if not index.rows() and not options.follow:
             print(f"error: no episodes in {options.run}", file=sys.stderr)
             return 2
-        return serve(options, index, pieces)
+        return screens(options, index, pieces) if options.tui else serve(options, index, pieces)
     finally:
         index.close()
 
@@ -89,6 +91,19 @@ def export(options: argparse.Namespace, index: Index, pieces: list[Pieces | None
     options.export.write_text(write_html(index, index.roots, pieces, rows), encoding="utf-8")
     print(f"{options.export}: {len(rows)} episodes, {options.export.stat().st_size / 1e6:.1f} MB")
     return 0
+
+
+def screens(options: argparse.Namespace, index: Index, pieces: list[Pieces | None]) -> int:
+    try:
+        from agent_loop.view.tui import Viewer
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "textual":
+            raise
+        print("error: --tui needs textual: pip install -e '.[tui]'; --text reads without it", file=sys.stderr)
+        return 2
+    viewer = Viewer(index, pieces, follow=options.follow)
+    viewer.run()
+    return viewer.return_code or 0
 
 
 def serve(options: argparse.Namespace, index: Index, pieces: list[Pieces | None]) -> int:

@@ -1,0 +1,189 @@
+"""The viewer in a terminal, for ssh: `python -m agent_loop.view RUN --tui`; `?` lists the keys.
+
+Three screens over the index of the pages: the list (here), an episode and its tokens (tui_episode.py). Whatever was
+read from a file goes through `tui_parts.shown` before it is drawn, and is drawn as text, never as markup: it can
+neither steer the terminal nor style itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, ClassVar
+
+from rich.cells import set_cell_size
+from rich.segment import Segment
+from rich.text import Text
+from textual.app import App, ComposeResult
+from textual.binding import Binding, BindingType
+from textual.widgets import Input, Static
+
+from agent_loop.view.detail import episode_page
+from agent_loop.view.index import Index
+from agent_loop.view.pieces import Pieces
+from agent_loop.view.rows import Row, scale_of
+from agent_loop.view.search import BadQuery, find
+from agent_loop.view.tui_episode import EpisodePage
+from agent_loop.view.tui_parts import BAD, BOLD, CURSOR, PLAIN, QUIET, Page, Rows, heat, line_of, number
+
+COLUMNS = (("step", 6), ("id", 0), ("kl", 8), ("kl_max", 8), ("reward", 8), ("turns", 7), ("tool_errors", 8),
+           ("trained", 9), ("seconds", 8), ("stop", 18))  # fmt: skip
+"""Field and width in cells; 0: what is left."""
+TITLES = {"id": "episode", "kl": "KL", "kl_max": "worst", "tool_errors": "errors", "seconds": "time", "stop": "stopped"}
+NOT_TYPED = r"[^\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]*"
+"""A paste may hold what a terminal takes as an order."""
+
+
+class ListPage(Page):
+    """The episodes that the query is true of."""
+
+    app: Viewer
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("enter", "open", "open the episode"), Binding("slash,f", "query", "filter and search; Esc leaves it"),
+        Binding("s", "sort", "order by the next column"), Binding("S", "turn", "turn the order round"),
+        Binding("escape", "leave"),
+    ]  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[Row] = []
+        self.sort, self.down = "", True
+
+    def compose(self) -> ComposeResult:
+        yield Input(placeholder="tool:timeout  kl>0.5  stop:max_turns  is:failed", restrict=NOT_TYPED)
+        yield Static(id="status")
+        yield Static(id="head")
+        yield Rows(self.draw, id="rows")
+
+    def on_mount(self) -> None:
+        self.query_one(Rows).focus()
+        self.look()
+        if self.app.follow:
+            self.set_interval(1.0, self.follow)
+
+    def on_resize(self) -> None:
+        self.draw_head()
+
+    def look(self) -> None:
+        self.run_worker(self.search(), exclusive=True, group="search")
+
+    async def search(self) -> None:
+        await asyncio.sleep(0.05)  # whoever types on is not searched for
+        order = ("-" if self.down else "") + self.sort if self.sort else ""
+        status = self.query_one("#status", Static)
+        try:
+            found = await asyncio.to_thread(find, self.app.index, self.query_one(Input).value, sort=order)
+        except BadQuery as error:
+            status.update(Text(line_of(error, 400), BAD))
+            return
+        here = self.found[self.cursor].key if self.found else None
+        self.found, self.count = found.rows, len(found.rows)
+        left = found.candidates - found.searched
+        late = f", {left} not searched: the time was up" if left else ""
+        status.update(Text(f"{self.count} of {len(self.app.index.rows())} episodes{late}", QUIET))
+        self.draw_head()
+        self.query_one(Rows).reset(self.count)
+        self.go(next((i for i, row in enumerate(found.rows) if row.key == here), 0))
+
+    async def follow(self) -> None:
+        if await asyncio.to_thread(self.app.index.refresh):
+            self.look()
+
+    def cells(self, values: list[str]) -> list[str]:
+        left = max(12, self.size.width - sum(width for _, width in COLUMNS) - 2)
+        widths = [width or left for _, width in COLUMNS]
+        return [set_cell_size(line_of(text, n - 1), n) for text, n in zip(values, widths, strict=True)]
+
+    def draw_head(self) -> None:
+        arrow = "↓" if self.down else "↑"
+        names = [TITLES.get(name, name) + (arrow if name == self.sort else "") for name, _ in COLUMNS]
+        self.query_one("#head", Static).update(Text("".join(self.cells(names)), BOLD))
+
+    def draw(self, i: int) -> list[Segment]:
+        row = self.found[i]
+        if row.problem is not None:
+            parts = [Segment(line_of(f"! {row.file}:{row.line}: {row.problem}"), BAD)]
+        else:
+            values: list[Any] = [getattr(row, name) for name, _ in COLUMNS[:-1]]
+            texts = [value if isinstance(value, str) else number(value) for value in values]
+            styles = [heat(row.kl, self.app.scale) if name == "kl" else PLAIN for name, _ in COLUMNS[:-1]]
+            cells = self.cells([*texts, row.error or row.stop])
+            parts = list(map(Segment, cells, [*styles, BAD if row.error else PLAIN]))
+        return list(Segment.apply_style(parts, post_style=CURSOR)) if i == self.cursor else parts
+
+    def moved(self) -> None:
+        self.query_one(Rows).show(self.cursor)
+
+    def action_page(self, step: int) -> None:
+        self.go(self.cursor + step * self.query_one(Rows).size.height)
+
+    def action_open(self) -> None:
+        if self.found:
+            self.app.open(self.found, self.cursor)
+
+    def action_query(self) -> None:
+        self.query_one(Input).focus()
+
+    def action_leave(self) -> None:
+        self.query_one(Rows).focus()
+
+    def action_sort(self) -> None:
+        names = ["", *(name for name, _ in COLUMNS)]
+        self.sort = names[(names.index(self.sort) + 1) % len(names)]
+        self.look()
+
+    def action_turn(self) -> None:
+        self.down = not self.down
+        self.look()
+
+    def on_input_changed(self) -> None:
+        self.look()
+
+    def on_input_submitted(self) -> None:
+        self.action_leave()
+
+
+class Viewer(App[None]):
+    """
+    Args:
+        pieces: a run's tokenizer each.
+        follow: look for appended episodes each second.
+    """
+
+    ENABLE_COMMAND_PALETTE = False
+    CSS = """
+    Screen { background: #14171b; color: #e6e9ee; }
+    Input { height: 1; border: none; background: #1c2026; }
+    #head, #status, #legend { height: 1; }
+    Rows { scrollbar-gutter: stable; scrollbar-size-vertical: 1; }
+    Rows { scrollbar-background: #14171b; scrollbar-color: #333a44; }
+    #rail { width: 28; }
+    VerticalScroll { width: 38; background: #1c2026; padding: 0 1; }
+    Help { align: center middle; }
+    Help VerticalScroll { width: 64; height: auto; max-height: 90%; border: round #9aa5b3; }
+    """
+
+    def __init__(self, index: Index, pieces: list[Pieces | None], *, follow: bool = False) -> None:
+        super().__init__()
+        self.index, self.pieces, self.follow = index, pieces, follow
+        self.scale = scale_of([row for row in index.rows() if row.problem is None])
+
+    def on_mount(self) -> None:
+        self.push_screen(ListPage())
+
+    def open(self, rows: list[Row], place: int, *, instead: bool = False) -> None:
+        """Show an episode, above the screen or instead of it."""
+
+        def other(step: int) -> None:
+            if 0 <= place + step < len(rows):
+                self.open(rows, place + step, instead=True)
+
+        row = rows[place]
+        try:
+            page = EpisodePage(row, episode_page(self.index, row, self.pieces[row.run]), self.scale, other)
+        except OSError as error:
+            self.notify(line_of(error), markup=False)
+            return
+        if instead:
+            self.switch_screen(page)
+        else:
+            self.push_screen(page)
