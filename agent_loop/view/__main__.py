@@ -101,6 +101,9 @@ def screens(options: argparse.Namespace, index: Index, pieces: list[Pieces | Non
             raise
         print("error: --tui needs textual: pip install -e '.[tui]'; --text reads without it", file=sys.stderr)
         return 2
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        print("error: --tui needs a terminal; --text writes to a pipe as well", file=sys.stderr)
+        return 2
     viewer = Viewer(index, pieces, follow=options.follow)
     viewer.run()
     return viewer.return_code or 0

@@ -8,10 +8,11 @@ neither steer the terminal nor style itself.
 from __future__ import annotations
 
 import asyncio
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from rich.cells import set_cell_size
 from rich.segment import Segment
+from rich.style import Style
 from rich.text import Text
 from textual.app import App, ComposeResult
 from textual.binding import Binding, BindingType
@@ -21,13 +22,16 @@ from agent_loop.view.detail import episode_page
 from agent_loop.view.index import Index
 from agent_loop.view.pieces import Pieces
 from agent_loop.view.rows import Row, scale_of
-from agent_loop.view.search import BadQuery, find
+from agent_loop.view.search import FLAGS, NUMBERS, ROLES, TEXTS, BadQuery, find
 from agent_loop.view.tui_episode import EpisodePage
 from agent_loop.view.tui_parts import BAD, BOLD, CURSOR, PLAIN, QUIET, Page, Rows, heat, line_of, number
 
 COLUMNS = (("step", 6), ("id", 0), ("kl", 8), ("kl_max", 8), ("reward", 8), ("turns", 7), ("tool_errors", 8),
            ("trained", 9), ("seconds", 8), ("stop", 18))  # fmt: skip
-"""Field and width in cells; 0: what is left."""
+"""Field and width in cells; 0: what is left, at least ID_WIDTH."""
+SPARE = ("trained", "seconds", "kl_max", "reward", "turns")
+"""Columns that a narrow terminal goes without, the first first."""
+ID_WIDTH = 20
 TITLES = {"id": "episode", "kl": "KL", "kl_max": "worst", "tool_errors": "errors", "seconds": "time", "stop": "stopped"}
 NOT_TYPED = r"[^\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]*"
 """A paste may hold what a terminal takes as an order."""
@@ -37,6 +41,11 @@ class ListPage(Page):
     """The episodes that the query is true of."""
 
     app: Viewer
+    NOTES = (
+        '\ntool:timeout kl>0.5 -is:failed "two words"\n\n'
+        f"numbers: {' '.join(NUMBERS)}\ntexts: {' '.join(TEXTS)} tools\n"
+        f"is: {' '.join(FLAGS)}\nin the dialogue: {' '.join(ROLES)}"
+    )
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("enter", "open", "open the episode"), Binding("slash,f", "query", "filter and search; Esc leaves it"),
         Binding("s", "sort", "order by the next column"), Binding("S", "turn", "turn the order round"),
@@ -47,6 +56,8 @@ class ListPage(Page):
         super().__init__()
         self.found: list[Row] = []
         self.sort, self.down = "", True
+        self.searched = 0
+        """Version of the index that was searched last."""
 
     def compose(self) -> ComposeResult:
         yield Input(placeholder="tool:timeout  kl>0.5  stop:max_turns  is:failed", restrict=NOT_TYPED)
@@ -68,47 +79,71 @@ class ListPage(Page):
 
     async def search(self) -> None:
         await asyncio.sleep(0.05)  # whoever types on is not searched for
+        index, text = self.app.index, self.query_one(Input).value
         order = ("-" if self.down else "") + self.sort if self.sort else ""
-        status = self.query_one("#status", Static)
+        self.searched = index.version
         try:
-            found = await asyncio.to_thread(find, self.app.index, self.query_one(Input).value, sort=order)
-        except BadQuery as error:
-            status.update(Text(line_of(error, 400), BAD))
+            found = await asyncio.to_thread(find, index, text, sort=order)
+        except (BadQuery, OSError) as error:
+            self.say(str(error), BAD)
             return
         here = self.found[self.cursor].key if self.found else None
         self.found, self.count = found.rows, len(found.rows)
         left = found.candidates - found.searched
         late = f", {left} not searched: the time was up" if left else ""
-        status.update(Text(f"{self.count} of {len(self.app.index.rows())} episodes{late}", QUIET))
+        self.say(f"{self.count} of {len(index.rows())} episodes{late} · ? keys", QUIET)
         self.draw_head()
         self.query_one(Rows).reset(self.count)
         self.go(next((i for i, row in enumerate(found.rows) if row.key == here), 0))
 
+    def say(self, text: str, style: Style) -> None:
+        self.query_one("#status", Static).update(Text(line_of(text, 400), style))
+
     async def follow(self) -> None:
-        if await asyncio.to_thread(self.app.index.refresh):
+        index = self.app.index
+        try:
+            await asyncio.to_thread(index.refresh)
+        except OSError as error:
+            self.say(str(error), BAD)
+        searching = any(one.group == "search" and not one.is_finished for one in self.workers)
+        if index.version != self.searched and not searching:  # one that takes longer than a second comes to its end
+            self.app.measure()
             self.look()
 
-    def cells(self, values: list[str]) -> list[str]:
-        left = max(12, self.size.width - sum(width for _, width in COLUMNS) - 2)
-        widths = [width or left for _, width in COLUMNS]
-        return [set_cell_size(line_of(text, n - 1), n) for text, n in zip(values, widths, strict=True)]
+    def columns(self) -> dict[str, int]:
+        """Width of each column that there is room for."""
+        found = dict(COLUMNS)
+        room = self.query_one(Rows).columns
+        for name in SPARE:
+            if room - sum(found.values()) < ID_WIDTH:
+                del found[name]
+        return found | {"id": max(ID_WIDTH, room - sum(found.values()))}
 
     def draw_head(self) -> None:
-        arrow = "↓" if self.down else "↑"
-        names = [TITLES.get(name, name) + (arrow if name == self.sort else "") for name, _ in COLUMNS]
-        self.query_one("#head", Static).update(Text("".join(self.cells(names)), BOLD))
+        parts = []
+        for name, width in self.columns().items():
+            arrow = ("↓" if self.down else "↑") if name == self.sort else ""
+            parts.append(set_cell_size(TITLES.get(name, name) + arrow, width))
+        self.query_one("#head", Static).update(Text("".join(parts), BOLD))
 
     def draw(self, i: int) -> list[Segment]:
         row = self.found[i]
         if row.problem is not None:
             parts = [Segment(line_of(f"! {row.file}:{row.line}: {row.problem}"), BAD)]
         else:
-            values: list[Any] = [getattr(row, name) for name, _ in COLUMNS[:-1]]
-            texts = [value if isinstance(value, str) else number(value) for value in values]
-            styles = [heat(row.kl, self.app.scale) if name == "kl" else PLAIN for name, _ in COLUMNS[:-1]]
-            cells = self.cells([*texts, row.error or row.stop])
-            parts = list(map(Segment, cells, [*styles, BAD if row.error else PLAIN]))
+            parts = [self.cell(row, name, width) for name, width in self.columns().items()]
         return list(Segment.apply_style(parts, post_style=CURSOR)) if i == self.cursor else parts
+
+    def cell(self, row: Row, name: str, width: int) -> Segment:
+        value, style = getattr(row, name), PLAIN
+        if name == "kl":
+            style = heat(row.kl, self.app.scale)
+        elif name == "stop" and row.error:
+            value, style = row.error, BAD
+        elif name == "id" and len(self.app.pieces) > 1:
+            value = f"run:{row.run} {row.id}"
+        text = value if isinstance(value, str) else number(value)
+        return Segment(set_cell_size(line_of(text, width - 1), width), style)
 
     def moved(self) -> None:
         self.query_one(Rows).show(self.cursor)
@@ -127,8 +162,9 @@ class ListPage(Page):
         self.query_one(Rows).focus()
 
     def action_sort(self) -> None:
-        names = ["", *(name for name, _ in COLUMNS)]
-        self.sort = names[(names.index(self.sort) + 1) % len(names)]
+        names = ["", *self.columns()]
+        place = names.index(self.sort) if self.sort in names else 0
+        self.sort = names[(place + 1) % len(names)]
         self.look()
 
     def action_turn(self) -> None:
@@ -153,19 +189,24 @@ class Viewer(App[None]):
     CSS = """
     Screen { background: #14171b; color: #e6e9ee; }
     Input { height: 1; border: none; background: #1c2026; }
-    #head, #status, #legend { height: 1; }
+    #head, #legend { height: 1; }
+    #status { max-height: 4; }
     Rows { scrollbar-gutter: stable; scrollbar-size-vertical: 1; }
     Rows { scrollbar-background: #14171b; scrollbar-color: #333a44; }
     #rail { width: 28; }
-    VerticalScroll { width: 38; background: #1c2026; padding: 0 1; }
+    VerticalScroll { width: 38; max-width: 50%; background: #1c2026; padding: 0 1; }
     Help { align: center middle; }
-    Help VerticalScroll { width: 64; height: auto; max-height: 90%; border: round #9aa5b3; }
+    Help VerticalScroll { width: 76; max-width: 100%; height: auto; max-height: 90%; border: round #9aa5b3; }
     """
 
     def __init__(self, index: Index, pieces: list[Pieces | None], *, follow: bool = False) -> None:
         super().__init__()
         self.index, self.pieces, self.follow = index, pieces, follow
-        self.scale = scale_of([row for row in index.rows() if row.problem is None])
+        self.measure()
+
+    def measure(self) -> None:
+        """The run's colour scale, as of now."""
+        self.scale = scale_of([row for row in self.index.rows() if row.problem is None])
 
     def on_mount(self) -> None:
         self.push_screen(ListPage())

@@ -41,6 +41,8 @@ MARK_STYLES = (QUIET, PLAIN, PLAIN + Style(underline=True), BAD + Style(bgcolor=
 CARD = "▌ "
 FOLDED = 12
 """Lines of a tool result or of reasoning that are shown before `o` unfolds it."""
+WITH_RAIL = 64
+"""Columns of a terminal that has room for the rail."""
 
 
 def kl_of(trace: dict[str, Any], i: int) -> float | None:
@@ -66,7 +68,9 @@ class EpisodePage(Page):
     """
 
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("t,enter", "tokens", "tokens of the turn"), Binding("o", "fold", "unfold tool output and reasoning"),
+        Binding("t,enter", "tokens", "tokens of the turn"),
+        Binding("o", "fold", "unfold or fold tool output and reasoning of the turn"),
+        Binding("O", "fold_all", "of all turns"),
         Binding("n", "other(1)", "next episode of the list"), Binding("p", "other(-1)", "previous episode"),
         Binding("escape,b", "app.pop_screen", "back"),
     ]  # fmt: skip
@@ -76,14 +80,17 @@ class EpisodePage(Page):
         self.row, self.page, self.scale, self.action_other = row, page, scale, other
         self.turns: list[dict[str, Any]] = page["episode"]["turns"] if "episode" in page else []
         self.kls = [turn_kl(turn, page["traces"]) for turn in self.turns]
-        self.count, self.most = len(self.turns), FOLDED if self.turns else None
+        self.count = len(self.turns)
+        self.unfolded: set[int] = set()
         self.lines: list[list[Segment]] = []
         self.starts: list[int] = []
 
     def compose(self) -> ComposeResult:
         row = self.row
-        facts = f"KL {number(row.kl)} · reward {number(row.reward)} · {row.trained} trained · {row.stop} · {row.env}"
-        yield Static(Text.assemble((line_of(row.id or row.file, 40), BOLD), "  ", (line_of(facts), QUIET)), id="head")
+        name, facts = f"{row.file}:{row.line}", ""
+        if row.problem is None:
+            name, facts = row.id, f"KL {number(row.kl)} · reward {number(row.reward)} · {row.stop} · {row.env}"
+        yield Static(Text.assemble((line_of(name, 40), BOLD), (line_of(f"  ? keys · {facts}"), QUIET)), id="head")
         with Horizontal():
             yield Rows(self.draw_turn, id="rail")
             yield Rows(lambda i: self.lines[i], id="body")
@@ -93,6 +100,7 @@ class EpisodePage(Page):
         self.query_one("#rail", Rows).reset(self.count)
 
     def on_resize(self) -> None:
+        self.query_one("#rail").display = bool(self.turns) and self.size.width >= WITH_RAIL
         self.call_after_refresh(self.lay_out)
 
     def draw_turn(self, i: int) -> list[Segment]:
@@ -107,7 +115,7 @@ class EpisodePage(Page):
         ]
 
     def say(self, text: str, style: Style, indent: str = "", most: int | None = None) -> None:
-        lines = list(folded(text, max(10, self.query_one("#body").size.width - len(indent) - 1)))
+        lines = list(folded(text, max(10, self.query_one("#body", Rows).columns - len(indent))))
         self.lines += [[Segment(indent, QUIET), Segment(line, style)] for line in lines[:most]]
         if most is not None and len(lines) > most:
             self.lines.append([Segment(f"{indent}… {len(lines) - most} more lines", QUIET)])
@@ -127,29 +135,37 @@ class EpisodePage(Page):
                 self.message(message["role"], message["content"])
             for turn, kl in zip(self.turns, self.kls, strict=True):
                 self.starts.append(len(self.lines) + 1)
-                self.lay_out_turn(turn, kl)
+                self.lay_out_turn(turn, kl, FOLDED if len(self.starts) - 1 not in self.unfolded else None)
             self.say(f"\nstopped: {episode['stop_reason']}", QUIET)
             if episode["error"]:
                 self.say("{boundary}: {kind}: {message}".format(**episode["error"]), BAD)
         self.query_one("#body", Rows).reset(len(self.lines))
 
-    def lay_out_turn(self, turn: dict[str, Any], kl: float | None) -> None:
+    def lay_out_turn(self, turn: dict[str, Any], kl: float | None, most: int | None) -> None:
         size = "tokens not known" if turn["start"] is None else f"{turn['end'] - turn['start']} tokens"
-        head = f"── turn {turn['index']} · {size} · {turn['sample_s']:.2f} s model, {turn['env_s']:.2f} s tools "
-        self.lines += [[], [Segment(head, BOLD), Segment(f" KL {number(kl)} ", heat(kl, self.scale))]]
+        times = f" {size} · {turn['sample_s']:.2f} s model, {turn['env_s']:.2f} s tools"
+        cut = "" if turn["finish_reason"] == "stop" else f" · cut: {turn['finish_reason']}"
+        head = (
+            (f"── turn {turn['index']} ", BOLD),
+            (f" KL {number(kl)} ", heat(kl, self.scale)),
+            (times, QUIET),
+            (cut, BAD),
+        )
+        self.lines += [[], [Segment(*part) for part in head]]
         message, results = turn["message"], {one["call_id"]: one for one in turn["tool_results"]}
         if message["reasoning"]:
-            self.say(message["reasoning"], QUIET, "~ ", self.most)
-        self.say(message["content"], PLAIN)
+            self.say(message["reasoning"], QUIET, "~ ", most)
+        if message["content"]:
+            self.say(message["content"], PLAIN)
         for call in message["tool_calls"]:
-            self.card(call, results.pop(call["id"], None))
+            self.card(call, results.pop(call["id"], None), most)
         for result in results.values():
-            self.card({"name": result["name"], "parse_error": None, "arguments": {}}, result)
+            self.card({"name": result["name"], "parse_error": None, "arguments": {}}, result, most)
         for seen in turn["observation"]:
             if seen["role"] != "tool":
                 self.message(seen["role"], seen["content"])
 
-    def card(self, call: dict[str, Any], result: dict[str, Any] | None) -> None:
+    def card(self, call: dict[str, Any], result: dict[str, Any] | None, most: int | None) -> None:
         error = result["error"] if result else None
         wrong = call["parse_error"] or (f"{error['kind']}: {error['message']}" if error else "")
         took = f"{result['duration_s'] * 1000:.1f} ms" if result else "no result"
@@ -159,7 +175,9 @@ class EpisodePage(Page):
         for name, value in (call["arguments"] or {}).items():
             self.say(f"{name}: {value if isinstance(value, str) else json.dumps(value)}", QUIET, CARD)
         if result:
-            self.say(result["content"], PLAIN, CARD, self.most)
+            self.say(result["content"], PLAIN, CARD, most)
+            if result["truncated_chars"]:
+                self.say(f"{result['truncated_chars']} characters were cut", QUIET, CARD)
 
     def moved(self) -> None:
         if self.starts:
@@ -167,15 +185,23 @@ class EpisodePage(Page):
             self.query_one("#body", Rows).to(self.starts[self.cursor])
 
     def action_page(self, step: int) -> None:
+        """The cursor goes to the turn that is then on top."""
         body = self.query_one("#body", Rows)
         body.to(body.scroll_offset.y + step * (body.size.height - 1))
+        self.cursor = max(0, bisect_right(self.starts, body.scroll_offset.y) - 1)
+        self.query_one("#rail", Rows).show(self.cursor)
 
     def action_edge(self, last: bool) -> None:
         super().action_edge(last)
         self.query_one("#body", Rows).to(len(self.lines) if last else 0)
 
     def action_fold(self) -> None:
-        self.most = FOLDED if self.most is None else None
+        self.unfolded ^= {self.cursor}
+        self.lay_out()
+        self.moved()
+
+    def action_fold_all(self) -> None:
+        self.unfolded = set() if len(self.unfolded) == self.count else set(range(self.count))
         self.lay_out()
         self.moved()
 
@@ -211,7 +237,7 @@ class TokenPage(Page):
         )
         self.num_worst = 0
         self.starts = [0]
-        self.heading = f"trace {trace}, {self.count} tokens"
+        self.heading = f"trace {trace}, {self.count} tokens · ? keys · orange: the teacher likes it less"
         self.heading += "" if page["tokenizer"] else "; no tokenizer was found: ids are shown"
 
     def text(self, token: int) -> str:
@@ -224,7 +250,7 @@ class TokenPage(Page):
             yield VerticalScroll(Static(id="token"), can_focus=False)
         swatches = [(" ", heat(level / 6 * self.scale, self.scale)) for level in range(-6, 7)]
         marks = [part for i in (0, 2, 3) for part in (("  ", PLAIN), (MARK_NAMES[i], MARK_STYLES[i]))]
-        words = (f"-{self.scale} ", QUIET), *swatches, (f" +{self.scale} nats: teacher likes it less", QUIET)
+        words = (f"-{self.scale} ", QUIET), *swatches, (f" +{self.scale} nats", QUIET)
         yield Static(Text.assemble(*words, *marks), id="legend")
 
     def on_mount(self) -> None:
@@ -235,7 +261,7 @@ class TokenPage(Page):
 
     def lay_out(self) -> None:
         """A line ends where the next token does not fit, and after a line break."""
-        columns, used, self.starts = max(20, self.query_one("#tokens").size.width), 0, [0]
+        columns, used, self.starts = max(20, self.query_one("#tokens", Rows).columns), 0, [0]
         for i, token in enumerate(self.ids):
             if i and (used + self.widths[token] > columns or self.text(self.ids[i - 1]).endswith("⏎")):
                 self.starts.append(i)

@@ -78,6 +78,11 @@ class Rows(ScrollView, can_focus=True, inherit_bindings=False):
         i = y + self.scroll_offset.y
         return Strip(self.draw(i) if i < self.count else []).adjust_cell_length(self.size.width).apply_style(GROUND)
 
+    @property
+    def columns(self) -> int:
+        """Cells of a line beside the scroll bar."""
+        return self.scrollable_content_region.width
+
     def to(self, line: int) -> None:
         self.scroll_to(y=line, animate=False, immediate=True, force=True)
         self.refresh()
@@ -89,22 +94,26 @@ class Rows(ScrollView, can_focus=True, inherit_bindings=False):
 
 
 class Help(ModalScreen[None]):
-    """The keys of a screen."""
+    """The keys of a screen, and what else it has to say."""
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,question_mark,q", "dismiss", "close")]
 
-    def __init__(self, bindings: list[Binding]) -> None:
+    def __init__(self, bindings: list[Binding], notes: str) -> None:
         super().__init__()
-        self.keys = bindings
+        self.keys, self.notes = bindings, notes
 
     def compose(self) -> ComposeResult:
         names = {"question_mark": "?", "slash": "/", "left_square_bracket": "[", "right_square_bracket": "]"}
         lines = [(" ".join(names.get(key, key) for key in one.key.split(",")), one.description) for one in self.keys]
-        yield VerticalScroll(Static(Text("\n".join(f"{keys:16} {what}" for keys, what in lines)), id="keys"))
+        text = "".join(f"{keys:16} {what}\n" for keys, what in lines) + self.notes
+        yield VerticalScroll(Static(Text(text), id="keys"))
 
 
 class Page(Screen[None]):
     """A screen with a cursor in `count` things."""
+
+    NOTES = ""
+    """Below the keys in the help."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("j,down", "move(1)", "next row, turn or line"), Binding("k,up", "move(-1)", "previous one"),
@@ -131,4 +140,4 @@ class Page(Screen[None]):
 
     def action_keys(self) -> None:
         both = [*type(self).BINDINGS, *Page.BINDINGS]
-        self.app.push_screen(Help([one for one in both if isinstance(one, Binding) and one.description]))
+        self.app.push_screen(Help([one for one in both if isinstance(one, Binding) and one.description], self.NOTES))
