@@ -42,9 +42,11 @@ class ListPage(Page):
 
     app: Viewer
     NOTES = (
-        '\ntool:timeout kl>0.5 -is:failed "two words"\n\n'
-        f"numbers: {' '.join(NUMBERS)}\ntexts: {' '.join(TEXTS)} tools\n"
-        f"is: {' '.join(FLAGS)}\nin the dialogue: {' '.join(ROLES)}"
+        "",
+        'A query: tool:timeout kl>0.5 -is:failed "two words"',
+        f"numbers: {' '.join(NUMBERS)}",
+        f"texts: {' '.join(TEXTS)} tools; is: {' '.join(FLAGS)}",
+        f"in the dialogue: {' '.join(ROLES)}",
     )
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("enter", "open", "open the episode"), Binding("slash,f", "query", "filter and search; Esc leaves it"),
@@ -60,7 +62,7 @@ class ListPage(Page):
         """Version of the index that was searched last."""
 
     def compose(self) -> ComposeResult:
-        yield Input(placeholder="tool:timeout  kl>0.5  stop:max_turns  is:failed", restrict=NOT_TYPED)
+        yield Input(placeholder="/  tool:timeout  kl>0.5  stop:max_turns  is:failed", restrict=NOT_TYPED)
         yield Static(id="status")
         yield Static(id="head")
         yield Rows(self.draw, id="rows")
@@ -196,7 +198,8 @@ class Viewer(App[None]):
     #rail { width: 28; }
     VerticalScroll { width: 38; max-width: 50%; background: #1c2026; padding: 0 1; }
     Help { align: center middle; }
-    Help VerticalScroll { width: 76; max-width: 100%; height: auto; max-height: 90%; border: round #9aa5b3; }
+    Help VerticalScroll { width: 76; max-width: 100%; height: auto; max-height: 100%; }
+    Help VerticalScroll { scrollbar-size-vertical: 1; border: round #9aa5b3; }
     """
 
     def __init__(self, index: Index, pieces: list[Pieces | None], *, follow: bool = False) -> None:

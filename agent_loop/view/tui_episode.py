@@ -87,10 +87,10 @@ class EpisodePage(Page):
 
     def compose(self) -> ComposeResult:
         row = self.row
-        name, facts = f"{row.file}:{row.line}", ""
+        name, facts = f"{row.file}:{row.line}", "? keys"
         if row.problem is None:
-            name, facts = row.id, f"KL {number(row.kl)} · reward {number(row.reward)} · {row.stop} · {row.env}"
-        yield Static(Text.assemble((line_of(name, 40), BOLD), (line_of(f"  ? keys · {facts}"), QUIET)), id="head")
+            name, facts = row.id, f"? keys · KL {number(row.kl)} · reward {number(row.reward)} · {row.stop} · {row.env}"
+        yield Static(Text.assemble((line_of(name, 40), BOLD), "  ", (line_of(facts), QUIET)), id="head")
         with Horizontal():
             yield Rows(self.draw_turn, id="rail")
             yield Rows(lambda i: self.lines[i], id="body")
@@ -143,15 +143,12 @@ class EpisodePage(Page):
 
     def lay_out_turn(self, turn: dict[str, Any], kl: float | None, most: int | None) -> None:
         size = "tokens not known" if turn["start"] is None else f"{turn['end'] - turn['start']} tokens"
-        times = f" {size} · {turn['sample_s']:.2f} s model, {turn['env_s']:.2f} s tools"
-        cut = "" if turn["finish_reason"] == "stop" else f" · cut: {turn['finish_reason']}"
-        head = (
-            (f"── turn {turn['index']} ", BOLD),
-            (f" KL {number(kl)} ", heat(kl, self.scale)),
-            (times, QUIET),
-            (cut, BAD),
-        )
-        self.lines += [[], [Segment(*part) for part in head]]
+        times = f"{size} · {turn['sample_s']:.2f} s model, {turn['env_s']:.2f} s tools"
+        parts = [(f"── turn {turn['index']} ", BOLD), (f" KL {number(kl)} ", heat(kl, self.scale))]
+        if turn["finish_reason"] != "stop":
+            parts.append((f" cut: {turn['finish_reason']}", BAD))
+        room = self.query_one("#body", Rows).columns - sum(len(text) for text, _ in parts) - 1
+        self.lines += [[], [Segment(*part) for part in [*parts, (" " + line_of(times, max(room, 1)), QUIET)]]]
         message, results = turn["message"], {one["call_id"]: one for one in turn["tool_results"]}
         if message["reasoning"]:
             self.say(message["reasoning"], QUIET, "~ ", most)

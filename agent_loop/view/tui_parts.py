@@ -98,22 +98,22 @@ class Help(ModalScreen[None]):
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,question_mark,q", "dismiss", "close")]
 
-    def __init__(self, bindings: list[Binding], notes: str) -> None:
+    def __init__(self, bindings: list[Binding], notes: tuple[str, ...]) -> None:
         super().__init__()
         self.keys, self.notes = bindings, notes
 
     def compose(self) -> ComposeResult:
         names = {"question_mark": "?", "slash": "/", "left_square_bracket": "[", "right_square_bracket": "]"}
         lines = [(" ".join(names.get(key, key) for key in one.key.split(",")), one.description) for one in self.keys]
-        text = "".join(f"{keys:16} {what}\n" for keys, what in lines) + self.notes
+        text = "\n".join([*(f"{keys:16} {what}" for keys, what in lines), *self.notes])
         yield VerticalScroll(Static(Text(text), id="keys"))
 
 
 class Page(Screen[None]):
     """A screen with a cursor in `count` things."""
 
-    NOTES = ""
-    """Below the keys in the help."""
+    NOTES: ClassVar[tuple[str, ...]] = ()
+    """Lines below the keys in the help."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("j,down", "move(1)", "next row, turn or line"), Binding("k,up", "move(-1)", "previous one"),

@@ -1,32 +1,23 @@
-"""The terminal's screens, by keyboard; hostile episodes neither steer the terminal nor style themselves (B16)."""
+"""The terminal's screens, by keyboard."""
 
 from __future__ import annotations
 
-import os
-import pty
 import re
-import select
-import subprocess
-import sys
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from textual.pilot import Pilot
-from textual.widgets import Input, Static
+from rich.cells import cell_len
+from textual.widgets import Input
 
 from agent_loop.view.index import Index
-from agent_loop.view.pieces import pieces_of
-from agent_loop.view.tui import ListPage, Viewer
+from agent_loop.view.tui import ListPage
 from agent_loop.view.tui_episode import MARK_STYLES, EpisodePage, TokenPage
-from agent_loop.view.tui_parts import Help, Rows, folded, heat, line_of
+from agent_loop.view.tui_parts import Help, Rows, heat
 from bench.viewer import episode_line
-from tests.viewer.conftest import HOSTILE, ROOT, hostile, line
-
-STEERING = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
+from tests.viewer.conftest import ROOT, line, marks
+from tests.viewer.terminal import drawn, open_episode, playing, query, said, until
 
 
 @pytest.fixture
@@ -34,46 +25,6 @@ def index(run: Path, tmp_path: Path) -> Iterator[Index]:
     found = Index([run], tmp_path / "cache")
     yield found
     found.close()
-
-
-@asynccontextmanager
-async def playing(index: Index, *, follow: bool = False) -> AsyncIterator[tuple[Viewer, Pilot[None]]]:
-    app = Viewer(index, [pieces_of(root, None) for root in index.roots], follow=follow)
-    async with app.run_test(size=(120, 40)) as pilot:
-        await until(pilot, lambda: isinstance(app.screen, ListPage) and app.screen.count > 0)
-        yield app, pilot
-
-
-async def until(pilot: Pilot[None], holds: Callable[[], bool]) -> None:
-    end = time.monotonic() + 20
-    while not holds():
-        assert time.monotonic() < end
-        await pilot.pause(0.02)
-
-
-def drawn(app: Viewer) -> str:
-    """The screen's text as it is sent to the terminal."""
-    lines = [strip.text for strip in app.screen._compositor.render_strips()]
-    return "\n".join(lines)
-
-
-def said(app: Viewer, selector: str) -> str:
-    return str(app.screen.query_one(selector, Static).content)
-
-
-async def query(pilot: Pilot[None], text: str) -> None:
-    await pilot.press("slash", "ctrl+a", "ctrl+k", *[{" ": "space"}.get(c, c) for c in text], "enter")
-
-
-async def open_episode(app: Viewer, pilot: Pilot[None], text: str) -> EpisodePage:
-    page = app.screen
-    assert isinstance(page, ListPage)
-    await query(pilot, text)
-    await until(pilot, lambda: page.count == 1)
-    await pilot.press("enter")
-    await until(pilot, lambda: isinstance(app.screen, EpisodePage) and bool(app.screen.lines))
-    assert isinstance(app.screen, EpisodePage)
-    return app.screen
 
 
 async def test_the_list(index: Index) -> None:
@@ -144,6 +95,14 @@ async def test_tool_output_is_folded(tmp_path: Path) -> None:
         assert "… 38 more lines" in drawn(app)
         await pilot.press("o")
         assert "line 12" in drawn(app)
+        assert "… 38 more lines" not in drawn(app)
+        await pilot.press("j", "o", "k", "o")
+        assert "… 38 more lines" in drawn(app)
+        assert app.screen.unfolded == {1}  # type: ignore[attr-defined]
+        await pilot.press("O")
+        assert "line 12" in drawn(app)
+        await pilot.press("O")
+        assert "… 38 more lines" in drawn(app)
         await pilot.press("t")
         assert "no tokenizer was found" in said(app, "#head")
     index.close()
@@ -169,13 +128,13 @@ async def test_tokens(index: Index) -> None:
         assert page.cursor == position
         await pilot.press("w", "j", "j", "k", "pagedown", "pageup", "G", "l")
         assert page.cursor == page.count - 1
-        marks = page.trace["marks"]
-        for i, mark in enumerate(marks):
-            found = next(one for row in [page.starts] for one in row[::-1] if one <= i)
-            part = page.draw(page.starts.index(found))[i - found]
-            if i != page.cursor:
-                gap = page.kls[i]
-                assert part.style == (MARK_STYLES[mark] if gap is None else heat(gap, app.scale))
+        parts = [part for row in range(len(page.starts)) for part in page.draw(row)]
+        assert len(parts) == page.count == 300
+        for part, mark, gap in list(zip(parts, page.trace["marks"], page.kls, strict=True))[
+            :-1
+        ]:  # the cursor: the last
+            assert part.style == (MARK_STYLES[mark] if gap is None else heat(gap, app.scale))
+        assert len(set(MARK_STYLES)) == 4
         await pilot.press("escape")
         assert isinstance(app.screen, EpisodePage)
 
@@ -203,6 +162,83 @@ async def test_top_k_is_shown(tmp_path: Path, tiny_tokenizer: Path) -> None:
         await open_episode(app, pilot, "line:1")
         await pilot.press("t")
         assert re.search(r"teacher's likeliest\n\S+ +7 +-0\.250\n\S+ +9 +-3\.500", said(app, "#token"))
+    index.close()
+
+
+async def test_a_small_terminal(index: Index) -> None:
+    async with playing(index, size=(80, 24)) as (app, pilot):
+        assert "stopped" in drawn(app)
+        assert "trained" not in drawn(app)
+        await pilot.press("question_mark")
+        assert re.search(r"in the dialogue: system .* think", drawn(app))
+        await pilot.press("escape")
+        page = await open_episode(app, pilot, "unusable>0")
+        rail = page.query_one("#rail")
+        assert rail.display
+        columns = page.query_one("#body", Rows).columns
+        assert max(cell_len("".join(part.text for part in one)) for one in page.lines) <= columns < 80 - rail.size.width
+        await pilot.press("t")
+        await until(pilot, lambda: isinstance(app.screen, TokenPage) and len(app.screen.starts) > 1)
+        tokens = app.screen
+        assert isinstance(tokens, TokenPage)
+        columns = tokens.query_one("#tokens", Rows).columns
+        widths = [sum(cell_len(part.text) for part in tokens.draw(row)) for row in range(len(tokens.starts))]
+        assert columns - 10 < max(widths) <= columns
+        assert re.search(r"^-5.0 +\+5.0 nats +not in the mask +not scored +unusable", drawn(app).splitlines()[-1])
+        await pilot.resize_terminal(60, 20)
+        await pilot.press("escape")
+        await until(pilot, lambda: not rail.display)
+
+
+async def test_the_turn_on_top_is_the_one_whose_tokens_are_shown(index: Index) -> None:
+    async with playing(index, size=(80, 24)) as (app, pilot):
+        page = await open_episode(app, pilot, "unusable>0")
+        await pilot.press("space")
+        body = page.query_one("#body", Rows)
+        assert 0 < page.starts[page.cursor] <= body.scroll_offset.y < page.starts[page.cursor + 1]
+        turn = page.turns[page.cursor]
+        assert turn["index"] > 0
+        await pilot.press("t")
+        assert isinstance(app.screen, TokenPage)
+        assert app.screen.cursor == turn["start"]
+
+
+async def test_an_empty_run(tmp_path: Path) -> None:
+    path = tmp_path / "episodes.jsonl"
+    path.write_bytes(b"")
+    index = Index([path], tmp_path / "cache")
+    async with playing(index, follow=True) as (app, pilot):
+        await pilot.press("enter", "s", "S", "j", "k", "G", "g", "pagedown", "pageup", "escape")
+        assert isinstance(app.screen, ListPage)
+        assert app.scale == 2.0
+        path.write_bytes(line(11, marks))
+        await until(pilot, lambda: "1 of 1 episodes" in drawn(app) and app.scale == 10.0)
+    index.close()
+
+
+async def test_two_runs_are_told_apart(tmp_path: Path) -> None:
+    paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for path in paths:
+        path.write_bytes(line(3))
+    index = Index(paths, tmp_path / "cache")
+    async with playing(index) as (app, pilot):
+        assert re.search(r"run:0 1/t3/0.*\n.*run:1 1/t3/0", drawn(app))
+        await query(pilot, "run:1")
+        await until(pilot, lambda: "1 of 2 episodes" in drawn(app))
+        assert [row.file for row in app.screen.found] == ["b.jsonl"]  # type: ignore[attr-defined]
+    index.close()
+
+
+async def test_a_file_that_went_away_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "episodes.jsonl"
+    path.write_bytes(line(3))
+    index = Index([path], tmp_path / "cache")
+    async with playing(index) as (app, pilot):
+        path.unlink()
+        await query(pilot, "dose")
+        await until(pilot, lambda: "No such file" in said(app, "#status"))
+        await pilot.press("enter")
+        assert isinstance(app.screen, ListPage)
     index.close()
 
 
@@ -234,85 +270,3 @@ async def test_follow(tmp_path: Path) -> None:
         await pilot.press("g", "enter")
         assert isinstance(app.screen, ListPage)
     index.close()
-
-
-async def test_hostile_text_is_spelled_out(index: Index) -> None:
-    async with playing(index) as (app, pilot):
-        await query(pilot, "is:failed")
-        await until(pilot, lambda: app.screen.count == 1)  # type: ignore[attr-defined]
-        assert not STEERING.search(drawn(app))
-        page = await open_episode(app, pilot, "is:failed")
-        await pilot.press("o")
-        text = "".join(segment.text for one in page.lines for segment in one)
-        assert "\\x1b[31m" in text
-        assert "\\u202eevil\\u2066\\u200b" in text
-        for _ in range(12):
-            assert not STEERING.search(drawn(app))
-            await pilot.press("space")
-
-
-def test_text_is_never_markup_and_never_too_wide() -> None:
-    assert line_of("[red]x[/red] [link=file:///]y") == "[red]x[/red] [link=file:///]y"
-    assert line_of("a\ud800\x9b31m\n b", 40) == "a\\ud800\\x9b31m b"
-    for text in ("漢" * 50, "a" * 99, " " * 30, "\t\x1b" * 9, ""):
-        assert all(len(part) <= 10 for part in folded(text, 10))
-
-
-def test_in_a_terminal_nothing_is_sent_raw(tmp_path: Path) -> None:
-    """A terminal of 120 columns reads all bytes of a visit to the hostile episode, its tokens, and the keys."""
-    path = tmp_path / "episodes.jsonl"
-    path.write_bytes(line(1, hostile) + b"\x1b]0;owned\x07 torn \xe2\x80\xae\n")
-    mine, its = pty.openpty()
-    os.set_blocking(mine, False)
-    command = [sys.executable, "-m", "agent_loop.view", str(path), "--tui", "--cache", str(tmp_path / "cache")]
-    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "120", "LINES": "40", "COLORTERM": "truecolor"}
-    process = subprocess.Popen(command, cwd=ROOT, stdin=its, stdout=its, stderr=its, env=environment, close_fds=True)
-    os.close(its)
-    sent = b""
-
-    def read(until: bytes, limit_s: float = 30) -> None:
-        nonlocal sent
-        start, end = len(sent), time.monotonic() + limit_s
-        while until not in sent[start:]:
-            assert time.monotonic() < end, sent[-2000:]
-            if select.select([mine], [], [], 0.1)[0]:
-                sent += os.read(mine, 65536)
-
-    read(b"2 of 2 episodes")
-    os.write(mine, b"\r")
-    read("── turn 0".encode())
-    os.write(mine, b"oG")
-    read(b"stopped:")
-    os.write(mine, b"t")
-    read(b"KL sample")
-    os.write(mine, b"\x1b")
-    time.sleep(0.5)
-    os.write(mine, b"n")
-    read(b"no episode")
-    os.write(mine, b"q")
-    code = process.wait(timeout=20)
-    os.close(mine)
-    assert code == 0
-    sent = re.sub(rb"\x1b\]22;[a-z]+\x07", b"", sent)  # Textual's own: the pointer's shape
-    assert b"\\x1b[31m" in sent
-    for order in (
-        b"\x1b]8;;",
-        b"\x1b]0;owned",
-        b"\x9b",
-        "\u202e".encode(),
-        "\u2066".encode(),
-        "\u200b".encode(),
-        b"\x07",
-    ):
-        assert order not in sent
-    assert HOSTILE[:30].encode() in sent
-
-
-def test_without_textual_it_says_what_is_missing(run: Path, tmp_path: Path) -> None:
-    code = (
-        "import sys; sys.modules['textual'] = None; from agent_loop.view.__main__ import main;"
-        f"sys.exit(main([{str(run)!r}, '--tui', '--cache', {str(tmp_path)!r}]))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "pip install -e '.[tui]'" in done.stderr
