@@ -4,6 +4,7 @@
     python -m agent_loop.view runs/ID runs/OTHER             # two runs, to compare
     python -m agent_loop.view runs/ID --follow               # while training goes on
     python -m agent_loop.view runs/ID --export out.html --query "kl>1" # one file to send
+    python -m agent_loop.view runs/ID --export one.atif.json --query "id:12/task/0"  # ATIF 1.8
     python -m agent_loop.view runs/ID --tui                  # in the terminal, over ssh say
     python -m agent_loop.view --text runs/ID [EPISODE] [--tokens]      # as plain text; see --text --help
 
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--host", default="127.0.0.1", help="a loopback address; no other is served")
     parser.add_argument("--port", type=int, default=8765, help="0: any free one (default: 8765)")
     parser.add_argument("--follow", action="store_true", help="show episodes as they are appended")
-    parser.add_argument("--export", type=Path, metavar="FILE.html", help="write one HTML file and stop")
+    parser.add_argument("--export", type=Path, metavar="FILE", help="write FILE.html, or one FILE.atif.json, and stop")
     parser.add_argument("--query", default="", help="with --export: which episodes, as in the search field")
     parser.add_argument("--tokenizer", type=Path, help="folder with tokenizer.json, where the run does not have it")
     parser.add_argument("--cache", type=Path, help="folder of the index (default: in the user's cache)")
@@ -85,12 +86,29 @@ def export(options: argparse.Namespace, index: Index, pieces: list[Pieces | None
     except BadQuery as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if not 1 <= len(rows) <= MOST_EXPORTED:
-        print(f"error: {len(rows)} episodes; name 1 to {MOST_EXPORTED} with --query, id:12/task/0 say", file=sys.stderr)
+    atif = options.export.name.endswith(".atif.json")
+    if not 1 <= len(rows) <= (1 if atif else MOST_EXPORTED):
+        wanted = "one" if atif else f"1 to {MOST_EXPORTED}"
+        print(f"error: {len(rows)} episodes; name {wanted} with --query, id:12/task/0 say", file=sys.stderr)
         return 2
-    options.export.write_text(write_html(index, index.roots, pieces, rows), encoding="utf-8")
+    try:
+        text = atif_of(index.raw(rows[0])) if atif else write_html(index, index.roots, pieces, rows)
+    except (ValueError, RecursionError, ModuleNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    options.export.write_text(text, encoding="utf-8")
     print(f"{options.export}: {len(rows)} episodes, {options.export.stat().st_size / 1e6:.1f} MB")
     return 0
+
+
+def atif_of(line: bytes) -> str:
+    from agent_loop.view.rows import exact
+
+    try:
+        from agent_loop.view.trajectory import trajectory_json
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"ATIF needs the package atif: pip install -e '.[atif]' ({error})") from None
+    return trajectory_json(exact(line))
 
 
 def screens(options: argparse.Namespace, index: Index, pieces: list[Pieces | None]) -> int:

@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from rich.cells import cell_len
+
 from agent_loop.view.index import Index
 from agent_loop.view.tui_parts import folded, line_of
 from tests.viewer.conftest import HOSTILE, ROOT, hostile, line
@@ -69,7 +71,7 @@ def test_text_is_never_markup_and_never_too_wide() -> None:
     assert line_of("[red]x[/red] [link=file:///]y") == "[red]x[/red] [link=file:///]y"
     assert line_of("a\ud800\x9b31m\n b", 40) == "a\\ud800\\x9b31m b"
     for text in ("漢" * 50, "a" * 99, " " * 30, "\t\x1b" * 9, ""):
-        assert all(len(part) <= 10 for part in folded(text, 10))
+        assert all(cell_len(part) <= 10 for part in folded(text, 10))
 
 
 def test_in_a_terminal_nothing_is_sent_raw(tmp_path: Path) -> None:
