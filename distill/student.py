@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,20 +15,16 @@ from torch import nn
 from agent_loop.types import Episode
 from distill.batch import collate, group_advantages, items_of, split_micro_batches
 from distill.config import LoraConfig, RunConfig
-from distill.loss import reverse_kl_loss
 from distill.metrics import Metrics
 from distill.optim import Optimizer
-from distill.rows import RowModel
+from distill.rows import Objective, RowModel
 from distill.train_metrics import StepRows
-from distill.types import Batch
+from distill.types import Batch, Inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from distill.checkpoint import Checkpoint
-
-MAX_LOGITS = 2**28
-"""Numbers in the logits of one call of the output head: 1 GiB of float32."""
 
 
 class NumericError(Exception):
@@ -174,40 +169,17 @@ class Student:
     def _accumulate(
         self, batch: Batch, num_trained: int, rows: StepRows, episodes: Sequence[Episode], step: int
     ) -> float:
-        """Add one micro-batch to the gradients; returns its part of the loss.
-
-        The head and the loss run on slices of the rows, each with its own backward pass down to the features; the
-        decoder's backward pass is one.
-        """
-        features_NH = self.rows.features(batch.input_ids_BT, batch.seq_N, batch.pos_N)
-        leaf_NH = features_NH.detach().requires_grad_()
-        teacher_NH = None
-        if self.config.loss.type == "full" and self._teacher is not None:
-            with torch.no_grad():
-                teacher_NH = self._teacher.features(batch.input_ids_BT, batch.seq_N, batch.pos_N)
-        loss = 0.0
-        size = max(1, MAX_LOGITS // self.rows.vocab_size)
-        for start in range(0, batch.num_trained, size):
-            part = _slice(batch, start, start + size)
-            teacher_NV = None
-            if self._teacher is not None and teacher_NH is not None:
-                with torch.no_grad():
-                    teacher_NV = self._teacher.head(teacher_NH[start : start + size]).log_softmax(-1)
-            output = reverse_kl_loss(
-                self.rows.head(leaf_NH[start : start + size]), part, self.config.loss, num_trained, teacher_NV
-            )
-            rows.add(part, output.metrics_N)
-            value = float(output.loss.detach())
-            if not abs(value) < float("inf"):
-                bad_N = ~torch.stack([output.metrics_N[n] for n in ("teacher_kl", "ratio")]).isfinite().all(0).cpu()
-                suspects = part.episodes_N[bad_N] if bad_N.any() else part.episodes_N
-                ids = [episodes[i].id for i in dict.fromkeys(suspects.tolist())]
-                raise NumericError(f"step {step}: the loss is {value} in {_names(ids)}. The weights are unchanged.")
-            loss += value
-            output.loss.backward()
-        if features_NH.requires_grad:
-            features_NH.backward(leaf_NH.grad)
-        return loss
+        """Add one micro-batch to the gradients; returns its part of the loss."""
+        loss, metrics_N = self.rows(batch, Objective(self.config.loss, num_trained, self._teacher))
+        rows.add(batch, metrics_N)
+        value = float(loss.detach())
+        if not abs(value) < float("inf"):
+            bad_N = ~torch.stack([metrics_N[n] for n in ("teacher_kl", "ratio")]).isfinite().all(0).cpu()
+            suspects = batch.episodes_N[bad_N] if bad_N.any() else batch.episodes_N
+            ids = [episodes[i].id for i in dict.fromkeys(suspects.tolist())]
+            raise NumericError(f"step {step}: the loss is {value} in {_names(ids)}. The weights are unchanged.")
+        loss.backward()
+        return value
 
     def _refuse_no_op(self, rows: StepRows, grad_norm: float, step: int) -> None:
         """A run in which the teacher's signal never reaches the weights looks healthy for hours; say so at once."""
@@ -227,16 +199,11 @@ class Student:
         if len(ids) < 2:
             return [None] * len(ids)
         self._causal_lm.eval()
-        ids_BT = torch.tensor([list(ids)], device=self.device)
+        ids_L = torch.tensor(list(ids))
         pos_N = torch.arange(len(ids) - 1)
-        features_NH = self.rows.features(ids_BT, torch.zeros_like(pos_N), pos_N)
-        size = max(1, MAX_LOGITS // self.rows.vocab_size)
-        found: list[float | None] = [None]
-        for start in range(0, len(pos_N), size):
-            logprobs_NV = self.rows.head(features_NH[start : start + size]).log_softmax(-1)
-            targets_N = ids_BT[0, 1 + start : 1 + start + size]
-            found.extend(logprobs_NV.gather(-1, targets_N[:, None]).squeeze(-1).tolist())
-        return found
+        inputs = Inputs(input_ids_BT=ids_L[None, :-1], seq_N=torch.zeros_like(pos_N), pos_N=pos_N, targets_N=ids_L[1:])
+        logprobs_N, _ = self.rows(inputs)
+        return [None, *logprobs_N.tolist()]
 
     def serving_copy(self) -> PreTrainedModel:
         """An independent copy of the present model for the engine, adapters merged, in `eval` mode."""
@@ -384,18 +351,6 @@ def _switch_off_dropout(model: nn.Module) -> None:
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
             setattr(module, "attention_dropout", 0.0)  # noqa: B010 - the type checker knows modules only
-
-
-def _slice(batch: Batch, start: int, end: int) -> Batch:
-    """Rows [start, end); the inputs stay."""
-    if start == 0 and end >= batch.num_trained:
-        return batch
-    changes = {
-        field.name: value[start:end]
-        for field in dataclasses.fields(batch)
-        if field.name.endswith(("_N", "_NK")) and (value := getattr(batch, field.name)) is not None
-    }
-    return dataclasses.replace(batch, **changes)
 
 
 def _same_shapes(saved: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> None:
