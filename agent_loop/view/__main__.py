@@ -4,9 +4,8 @@
     python -m agent_loop.view runs/ID runs/OTHER             # two runs, to compare
     python -m agent_loop.view runs/ID --follow               # while training goes on
     python -m agent_loop.view runs/ID --export out.html --query "kl>1" # one file to send
-    python -m agent_loop.view runs/ID --export one.atif.json --query "id:12/task/0"  # ATIF 1.8
-    python -m agent_loop.view runs/ID --tui                  # in the terminal, over ssh say
-    python -m agent_loop.view --text runs/ID [EPISODE] [--tokens]      # as plain text; see --text --help
+    python -m agent_loop.view --text runs/ID [EPISODE] [--tokens]      # in the terminal; see --text --help
+    python -m agent_loop.view runs/ID --tui                  # in the terminal, as screens to walk through
 
 RUN is a run directory, a folder of episode files or one file. From another machine: `ssh -L 8765:127.0.0.1:8765`.
 """
@@ -101,6 +100,25 @@ def export(options: argparse.Namespace, index: Index, pieces: list[Pieces | None
     return 0
 
 
+def serve(options: argparse.Namespace, index: Index, pieces: list[Pieces | None]) -> int:
+    import uvicorn
+
+    from agent_loop.view.server import app_of
+
+    family = socket.AF_INET6 if options.host == "::1" else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((options.host, options.port))
+        listener.listen(128)  # who reads the line below may connect at once
+        port = listener.getsockname()[1]
+        name = f"[{options.host}]" if options.host == "::1" else options.host
+        print(f"{len(index.rows())} episodes on http://{name}:{port}/", flush=True)
+        app = app_of(index, index.roots, pieces, port=port, follow_s=0.5 if options.follow else None)
+        config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", timeout_keep_alive=5)
+        uvicorn.Server(config).run(sockets=[listener])
+    return 0
+
+
 def atif_of(line: bytes) -> str:
     from agent_loop.view.rows import exact
 
@@ -125,25 +143,6 @@ def screens(options: argparse.Namespace, index: Index, pieces: list[Pieces | Non
     viewer = Viewer(index, pieces, follow=options.follow)
     viewer.run()
     return viewer.return_code or 0
-
-
-def serve(options: argparse.Namespace, index: Index, pieces: list[Pieces | None]) -> int:
-    import uvicorn
-
-    from agent_loop.view.server import app_of
-
-    family = socket.AF_INET6 if options.host == "::1" else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((options.host, options.port))
-        listener.listen(128)  # who reads the line below may connect at once
-        port = listener.getsockname()[1]
-        name = f"[{options.host}]" if options.host == "::1" else options.host
-        print(f"{len(index.rows())} episodes on http://{name}:{port}/", flush=True)
-        app = app_of(index, index.roots, pieces, port=port, follow_s=0.5 if options.follow else None)
-        config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", timeout_keep_alive=5)
-        uvicorn.Server(config).run(sockets=[listener])
-    return 0
 
 
 if __name__ == "__main__":
