@@ -4,6 +4,7 @@
     python -m agent_loop.view runs/ID runs/OTHER             # two runs, to compare
     python -m agent_loop.view runs/ID --follow               # while training goes on
     python -m agent_loop.view runs/ID --export out.html --query "kl>1" # one file to send
+    python -m agent_loop.view runs/ID --what-if --base-url http://127.0.0.1:8001/v1 --model NAME   # and play forks
     python -m agent_loop.view --text runs/ID [EPISODE] [--tokens]      # in the terminal; see --text --help
 
 RUN is a run directory, a folder of episode files or one file. From another machine: `ssh -L 8765:127.0.0.1:8765`.
@@ -12,6 +13,8 @@ RUN is a run directory, a folder of episode files or one file. From another mach
 from __future__ import annotations
 
 import argparse
+import os
+import secrets
 import socket
 import sys
 from pathlib import Path
@@ -20,6 +23,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from agent_loop.view.index import Index
     from agent_loop.view.pieces import Pieces
+    from agent_loop.view.whatif import WhatIf
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -42,9 +46,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--export", type=Path, metavar="FILE.html", help="write one HTML file and stop")
     parser.add_argument("--query", default="", help="with --export: which episodes, as in the search field")
     parser.add_argument("--tokenizer", type=Path, help="folder with tokenizer.json, where the run does not have it")
+    parser.add_argument("--what-if", action="store_true", help="let the pages play forks of episodes (docs/viewer.md)")
+    parser.add_argument(
+        "--base-url", help="server whose model samples on in a fork; without, an edited turn is the last"
+    )
+    parser.add_argument("--model", help="the name that the server knows it by")
+    parser.add_argument("--api-key-env", metavar="VAR", help="environment variable that holds the server's key")
+    parser.add_argument("--env", help="environment of forks, where the run's is a folder: its code will run")
     parser.add_argument("--cache", type=Path, help="folder of the index (default: in the user's cache)")
     parser.add_argument("--text", action="store_true", help="read in the terminal instead")
     options = parser.parse_args(arguments)
+    wanted = [options.base_url, options.model]
+    if any(wanted) and not (all(wanted) and options.what_if):
+        parser.error("--base-url and --model go together, with --what-if")
+    if options.api_key_env and options.api_key_env not in os.environ:
+        parser.error(f"--api-key-env: the environment has no variable {options.api_key_env}")
     if options.host not in LOOPBACK:
         print(f"error: --host {options.host}: episodes are shown on loopback only; use ssh -L", file=sys.stderr)
         return 2
@@ -58,6 +74,7 @@ def main(argv: list[str] | None = None) -> int:
 def show(options: argparse.Namespace) -> int:
     from agent_loop.view.index import Index, cache_folder
     from agent_loop.view.pieces import pieces_of
+    from agent_loop.view.whatif import ForkError
 
     runs = [run for run in (options.run, options.other) if run is not None]
     index = Index(runs, options.cache or cache_folder())
@@ -68,7 +85,12 @@ def show(options: argparse.Namespace) -> int:
         if not index.rows() and not options.follow:
             print(f"error: no episodes in {options.run}", file=sys.stderr)
             return 2
-        return serve(options, index, pieces)
+        try:
+            what_ifs = forks_of(options, index, pieces) if options.what_if else None
+        except ForkError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        return serve(options, index, pieces, what_ifs)
     finally:
         index.close()
 
@@ -91,7 +113,18 @@ def export(options: argparse.Namespace, index: Index, pieces: list[Pieces | None
     return 0
 
 
-def serve(options: argparse.Namespace, index: Index, pieces: list[Pieces | None]) -> int:
+def forks_of(options: argparse.Namespace, index: Index, pieces: list[Pieces | None]) -> list[WhatIf]:
+    from agent_loop.view.whatif import Model, WhatIf
+
+    key = os.environ[options.api_key_env] if options.api_key_env else None
+    model = Model(options.base_url, options.model, key) if options.base_url else None
+    return [
+        WhatIf(run, found.folder if found else None, model=model, env=options.env)
+        for run, found in zip(index.roots, pieces, strict=True)
+    ]
+
+
+def serve(options: argparse.Namespace, index: Index, pieces: list[Pieces | None], what_ifs: list[WhatIf] | None) -> int:
     import uvicorn
 
     from agent_loop.view.server import app_of
@@ -103,8 +136,11 @@ def serve(options: argparse.Namespace, index: Index, pieces: list[Pieces | None]
         listener.listen(128)  # who reads the line below may connect at once
         port = listener.getsockname()[1]
         name = f"[{options.host}]" if options.host == "::1" else options.host
-        print(f"{len(index.rows())} episodes on http://{name}:{port}/", flush=True)
-        app = app_of(index, index.roots, pieces, port=port, follow_s=0.5 if options.follow else None)
+        token = secrets.token_urlsafe(32)
+        fragment = f"#/what-if/{token}" if what_ifs is not None else ""
+        print(f"{len(index.rows())} episodes on http://{name}:{port}/{fragment}", flush=True)
+        follow_s = 0.5 if options.follow else None
+        app = app_of(index, index.roots, pieces, port=port, follow_s=follow_s, what_ifs=what_ifs, token=token)
         config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", timeout_keep_alive=5)
         uvicorn.Server(config).run(sockets=[listener])
     return 0

@@ -13,7 +13,7 @@ import msgspec
 from agent_loop.scoring import IMPOSSIBLE
 from agent_loop.view.index import Index
 from agent_loop.view.pieces import Pieces
-from agent_loop.view.rows import Row, exact, scale_of
+from agent_loop.view.rows import FORKS, Row, exact, scale_of
 
 NUM_WORST = 100
 
@@ -23,7 +23,8 @@ MARKS = {"masked": 0, "scored": 1, "unscored": 2, "unusable": 3}
 
 def run_page(index: Index, runs: list[Path]) -> dict[str, Any]:
     rows = index.rows()
-    good = [row for row in rows if row.problem is None]
+    good = [row for row in rows if row.problem is None and row.file != FORKS]
+    forks = [row for row in rows if row.problem is None and row.file == FORKS]
     return {
         "version": index.version,
         "scale": scale_of(good),
@@ -34,7 +35,8 @@ def run_page(index: Index, runs: list[Path]) -> dict[str, Any]:
                 "evals": evals_of(path / "evals.jsonl"),
                 "about": _about(path),
                 "episodes": sum(row.run == run for row in good),
-                "problems": sum(row.run == run for row in rows) - sum(row.run == run for row in good),
+                "problems": sum(row.run == run and row.problem is not None for row in rows),
+                "forks": sum(row.run == run for row in forks),
                 "failed": sum(row.run == run and row.error is not None for row in good),
                 "unusable": sum(row.unusable for row in good if row.run == run),
                 "stops": Counter(row.stop for row in good if row.run == run),

@@ -18,6 +18,7 @@ class Pieces:
         from tokenizers import Tokenizer
 
         self.name = f"{path.parent.parent.name}/{path.parent.name}" if path.parent.name == "model" else path.parent.name
+        self.folder = path.parent
         self._tokenizer: Tokenizer = Tokenizer.from_file(str(path))
         added = self._tokenizer.get_added_tokens_decoder()
         self._added = set(added)

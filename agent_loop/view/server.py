@@ -1,12 +1,15 @@
-"""The read-only server: GET on loopback, pages and JSON.
+"""The server: pages and JSON on loopback, and one route that changes anything, if it was asked for.
 
 Any page that a browser has open may send requests to loopback. So every request must carry exactly our Host, no foreign
-Origin, and no cross-site mark; nothing here changes anything; the pages may load nothing from elsewhere. Names in URLs
-are keys of the index, never paths.
+Origin, and no cross-site mark; the pages may load nothing from elsewhere. Names in URLs are keys of the index, never
+paths. Nothing here changes anything but `POST /api/what-if`, which is there with `--what-if` only and wants the token
+that this process drew: a page has it from the fragment of the address that the command printed.
 """
 
 from __future__ import annotations
 
+import hmac
+import json
 import re
 import threading
 from collections.abc import Callable
@@ -15,17 +18,20 @@ from typing import Any
 
 import msgspec
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from agent_loop.episodes import episode_from_json
 from agent_loop.view import detail
 from agent_loop.view.export import static_files, write_html
 from agent_loop.view.index import Index
 from agent_loop.view.pieces import Pieces
-from agent_loop.view.rows import Row
+from agent_loop.view.rows import Row, cut
 from agent_loop.view.search import BadQuery, find
+from agent_loop.view.whatif import ForkError, WhatIf
 
 CSP = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; connect-src 'self'; "
@@ -43,6 +49,9 @@ LONGEST_URL = 8_000
 """Bytes of path and query."""
 MOST_EXPORTED = 50
 """Episodes in one file."""
+WHAT_IF = "/api/what-if"
+LONGEST_BODY = 1_000_000
+"""Bytes of an edited turn, as JSON."""
 _KEY = re.compile(r"[0-9a-f]{16}")
 
 
@@ -51,10 +60,12 @@ class Guard:
 
     Args:
         port: the one that the Host header must name.
+        token: what a POST to the what-if must bring; None: there is none.
     """
 
-    def __init__(self, app: ASGIApp, port: int) -> None:
+    def __init__(self, app: ASGIApp, port: int, token: str | None = None) -> None:
         self.app = app
+        self.token = token
         self.hosts = {f"{name}:{port}" for name in ("127.0.0.1", "localhost", "[::1]")}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -83,7 +94,13 @@ class Guard:
         site = set(headers.get(b"sec-fetch-site", []))
         if origins - {f"http://{host[0]}"} or site - {b"same-origin", b"none"}:
             return PlainTextResponse("Other sites may not read this.", 403)
-        if scope["method"] not in ("GET", "HEAD"):
+        if scope["method"] == "POST" and scope["path"] == WHAT_IF and self.token is not None:
+            given = headers.get(b"x-what-if", [])
+            if len(given) != 1 or not hmac.compare_digest(given[0], self.token.encode()):
+                return PlainTextResponse("The page was not opened with the address that the command printed.", 403)
+            if headers.get(b"content-type") != [b"application/json"]:
+                return PlainTextResponse("wanted application/json", 415)
+        elif scope["method"] not in ("GET", "HEAD"):
             return PlainTextResponse("Nothing here can be changed.", 405, headers={"allow": "GET, HEAD"})
         if len(scope["raw_path"]) + len(scope["query_string"]) > LONGEST_URL:
             return PlainTextResponse("The address is too long.", 414)
@@ -91,13 +108,22 @@ class Guard:
 
 
 def app_of(
-    index: Index, runs: list[Path], pieces: list[Pieces | None], *, port: int, follow_s: float | None = None
+    index: Index,
+    runs: list[Path],
+    pieces: list[Pieces | None],
+    *,
+    port: int,
+    follow_s: float | None = None,
+    what_ifs: list[WhatIf] | None = None,
+    token: str | None = None,
 ) -> Guard:
     """The application.
 
     Args:
         pieces: a run's tokenizer each.
         follow_s: look for appended episodes when a page asks, at most this often; None: never.
+        what_ifs: plays forks, one a run; None: there is no what-if.
+        token: see `Guard`.
     """
     files = static_files()
     refreshing = threading.Lock()
@@ -117,7 +143,9 @@ def app_of(
 
     def run(request: Request) -> Response:
         follow()
-        return _json(detail.run_page(index, runs) | {"follow": follow_s is not None})
+        model = what_ifs[0].model if what_ifs else None
+        what_if = {"model": model.name if model else None} if what_ifs else None
+        return _json(detail.run_page(index, runs) | {"follow": follow_s is not None, "what_if": what_if})
 
     def changes(request: Request) -> Response:
         follow()
@@ -172,6 +200,41 @@ def app_of(
             page, media_type="text/html", headers={"content-disposition": 'attachment; filename="episodes.html"'}
         )
 
+    forking = threading.Lock()
+
+    def played(key: str, turn: int, text: str | None) -> Response:
+        row = index.row(key) if _KEY.fullmatch(key) else None
+        if row is None or what_ifs is None:
+            return _json({"error": "there is no such episode"}, 404)
+        if not forking.acquire(blocking=False):
+            return _json({"error": "another fork is being played"}, 409)
+        try:
+            episode = fork_row(index, row, what_ifs[row.run], turn, text)
+        except (ForkError, FileNotFoundError) as error:
+            return _json({"error": str(error)}, 422)
+        except (ValueError, RecursionError) as error:
+            return _json({"error": f"the line is no episode: {error}"}, 422)
+        finally:
+            forking.release()
+        return _json({"key": episode.key, "id": episode.id})
+
+    async def what_if(request: Request) -> Response:
+        body = bytearray()
+        async for part in request.stream():
+            body += part
+            if len(body) > LONGEST_BODY:
+                return _json({"error": f"more than {LONGEST_BODY} bytes"}, 413)
+        try:
+            value = json.loads(bytes(body))
+            key, turn, text = value["key"], value["turn"], value["text"]
+            if type(key) is not str or type(turn) is not int or not isinstance(text, str | None):
+                raise TypeError
+            if text is not None:
+                text.encode()
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return _json({"error": "wanted key, turn and text"}, 400)
+        return await run_in_threadpool(played, key, turn, text)
+
     routes = [
         Route("/", static),
         Route("/static/{name}", static),
@@ -183,14 +246,31 @@ def app_of(
         Route("/api/raw/{key}", of_row(lambda row: Response(index.raw(row), media_type="text/plain; charset=utf-8"))),
         Route("/api/export", export),
     ]
-    return Guard(Starlette(routes=routes), port)
+    if what_ifs is not None:
+        routes.append(Route(WHAT_IF, what_if, methods=["POST"]))
+    return Guard(Starlette(routes=routes), port, token if what_ifs is not None else None)
+
+
+def fork_row(index: Index, row: Row, what_if: WhatIf, turn: int, text: str | None) -> Row:
+    """Fork the episode of a row, and store the fork; its row.
+
+    Raises:
+        ForkError: it cannot be done.
+        ValueError, RecursionError: the line is no episode.
+        FileNotFoundError: the file is gone.
+    """
+    original = episode_from_json(json.loads(index.raw(row)))
+    episode = what_if.fork(original, turn, index.path(row).parent, text)
+    index.refresh()
+    found = [other for other in index.rows() if other.run == row.run and other.id == cut(episode.id)]
+    if not found:
+        raise ForkError("the fork was written, but is not among the run's episodes")
+    return found[-1]
 
 
 def _json(value: Any, status: int = 200) -> Response:
     try:
         body = msgspec.json.encode(value)
     except (UnicodeEncodeError, TypeError):  # a lone surrogate: only an escape can write it
-        import json
-
         body = json.dumps(value, allow_nan=False).encode()
     return Response(body, status, media_type="application/json")

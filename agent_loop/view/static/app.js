@@ -1,7 +1,7 @@
 // Routes, keys, theme, follow mode.
 
 import { h, say } from "./dom.js";
-import { exported, get, readHash } from "./api.js";
+import { exported, get, readHash, takeToken } from "./api.js";
 import { runPage } from "./run.js";
 import { listPage } from "./list.js";
 import { episodePage } from "./episode.js";
@@ -11,7 +11,7 @@ const ROUTES = new Map([["run", runPage], ["episodes", listPage], ["episode", ep
 const HELP = [
   ["1 2", "run, episodes"], ["j k", "next, previous turn or row"], ["Enter", "open the row"], ["h l", "previous, next token"], ["[ ]", "previous, next token with a high KL"],
   ["n p", "next, previous episode"], ["t", "tokens or dialogue"], ["w r", "worst tokens, raw"], ["m", "show the mask"], ["Space", "play, pause"], [", .", "step back, forward"],
-  ["o e", "fold tool output, reasoning"], ["/ f", "search and filter"], ["x", "choose a row"], ["d", "compare"], ["u s", "in a comparison: unfold, swap"], ["y", "copy the link"],
+  ["o e", "fold tool output, reasoning"], ["/ f", "search and filter"], ["x", "choose a row"], ["d", "compare"], ["u s", "in a comparison: unfold, swap"], ["y", "copy the link"], ["i", "what if this turn were another"],
   ["c", "copy as Markdown"], ["g G", "first, last"], ["T", "dark, light"], ["? Esc", "this help"],
 ];
 let page = null;
@@ -86,6 +86,7 @@ async function follow(version) {
 }
 
 async function start() {
+  takeToken();
   let saved = null;
   try {
     saved = localStorage.getItem("theme");

@@ -1,6 +1,7 @@
 // The dialogue: one block a turn, tool calls and results as cards. Only blocks near the window have content.
 
 import { h, number, oneLine, seconds, visible } from "./dom.js";
+import { whatIf } from "./whatif.js";
 import { heatClass, valueOf } from "./tokens.js";
 
 const LONG = 1500; // characters before a text is folded
@@ -53,7 +54,7 @@ function callCard(call, result) {
     result && Object.keys(result.metadata).length ? h("details", {}, h("summary", {}, "metadata, not seen by the model"), prose(JSON.stringify(result.metadata, null, 1), "code")) : null);
 }
 
-function turnContent(turn, kl, scale, onTokens) {
+function turnContent(turn, kl, scale, onTokens, onWhatIf) {
   const results = new Map(turn.tool_results.map((result) => [result.call_id, result]));
   const calls = turn.message.tool_calls;
   const loose = turn.tool_results.filter((result) => !calls.some((call) => call.id === result.call_id));
@@ -63,7 +64,8 @@ function turnContent(turn, kl, scale, onTokens) {
       h("span", { class: `klbadge ${heatClass(kl, scale)}` }, `KL ${number(kl)}`), h("span", {}, `${seconds(turn.sample_s)} model, ${seconds(turn.env_s)} tools`),
       turn.policy_version === null ? null : h("span", {}, `weights ${turn.policy_version}`),
       turn.finish_reason === "stop" ? null : h("span", { class: "badge" }, `cut: ${turn.finish_reason}`),
-      turn.start === null ? null : h("button", { class: "link", onclick: () => onTokens(turn) }, "tokens")),
+      turn.start === null ? null : h("button", { class: "link", onclick: () => onTokens(turn) }, "tokens"),
+      turn.start === null || !onWhatIf ? null : h("button", { class: "link", onclick: (event) => { event.stopPropagation(); onWhatIf(); } }, "what if")),
     h("div", { class: "message assistant" }, h("div", { class: "who" }, "assistant"),
       turn.message.reasoning ? h("details", { class: "reasoning" }, h("summary", {}, `reasoning, ${number(turn.message.reasoning.length)} characters`), prose(turn.message.reasoning, "")) : null,
       turn.message.content ? prose(turn.message.content, "") : null,
@@ -74,7 +76,7 @@ function turnContent(turn, kl, scale, onTokens) {
   ];
 }
 
-export function dialogue({ episode, traces, scale, onTokens, onTurn }) {
+export function dialogue({ episode, traces, scale, onTokens, onTurn, fork }) {
   const kls = turnKl(episode, traces);
   const blocks = episode.turns.map((turn, i) => h("section", { class: "turn", "data-turn": i, "aria-label": `turn ${turn.index}`, onclick: () => onTurn(i, true) }));
   const filled = new Set();
@@ -84,13 +86,26 @@ export function dialogue({ episode, traces, scale, onTokens, onTurn }) {
     if (filled.has(i)) return;
     filled.add(i);
     blocks[i].style.minHeight = "";
-    blocks[i].append(...turnContent(episode.turns[i], kls[i], scale, onTokens).flat().filter(Boolean));
+    blocks[i].append(...turnContent(episode.turns[i], kls[i], scale, onTokens, fork ? () => edit(i) : null).flat().filter(Boolean));
+  }
+  let editor = null;
+  let edited = null;
+  function edit(i) {
+    editor?.element.remove();
+    const again = edited === i && editor;
+    editor = null;
+    edited = i;
+    if (again || !fork || episode.turns[i].start === null) return;
+    editor = whatIf({ ...fork, turn: episode.turns[i], onClose: () => edit(i) });
+    fill(i);
+    blocks[i].querySelector(".turnhead").after(editor.element);
+    editor.focus();
   }
   const watcher = new IntersectionObserver((entries) => {
     for (const entry of entries) {
       const i = Number(entry.target.dataset.turn);
       if (entry.isIntersecting) fill(i);
-      else if (filled.has(i) && blocks.length > 30) {
+      else if (filled.has(i) && blocks.length > 30 && !(editor && edited === i)) {
         blocks[i].style.minHeight = `${entry.boundingClientRect.height}px`;
         blocks[i].replaceChildren();
         filled.delete(i);
@@ -104,6 +119,7 @@ export function dialogue({ episode, traces, scale, onTokens, onTurn }) {
   return {
     element,
     kls,
+    edit,
     show(i, dim, scroll = true) {
       fill(i);
       blocks.forEach((block, j) => {

@@ -1,7 +1,7 @@
 // The episode page: dialogue, tokens, worst tokens, raw; a rail with KL a turn; playback.
 
 import { copy, h, number, oneLine, say, seconds, visible } from "./dom.js";
-import { exported, get, writeHash } from "./api.js";
+import { exported, get, mayFork, writeHash } from "./api.js";
 import { heatClass, inspector, legend, METRICS, segmentAt, tokenText, tokenView, worstTokens } from "./tokens.js";
 import { dialogue } from "./dialogue.js";
 import { markdownOf } from "./markdown.js";
@@ -29,7 +29,8 @@ export async function episodePage({ path, query }) {
   const body = h("div", { class: "viewbody" });
   const side = h("aside", { class: "side" });
   const tabs = h("nav", { class: "tabs", "aria-label": "views" });
-  const talk = dialogue({ episode, traces, scale, onTokens: openTurn, onTurn: (i) => setTurn(i, false) });
+  const talk = dialogue({ episode, traces, scale, onTokens: openTurn, onTurn: (i) => setTurn(i, false),
+    fork: mayFork() && run.what_if ? { key, model: run.what_if.model } : null });
   const rail = h("ol", { class: "rail", "aria-label": "KL by turn" }, episode.turns.map((turn, i) => railItem(turn, i)));
   const player = traces.length ? playback({ length: traces[state.trace].ids.length, places: placesOf(state.trace), go }) : null;
 
@@ -184,6 +185,13 @@ export async function episodePage({ path, query }) {
       ["g", () => (view ? view.select(0) : setTurn(0, true))],
       ["G", () => (view ? view.select(view.trace.ids.length - 1) : setTurn(episode.turns.length - 1, true))],
       ["d", () => { if (page.siblings.length) location.hash = `#/compare/${key}/${page.siblings[0].key}`; else say("No other episode of this task"); }],
+      ["i", () => {
+        if (!mayFork() || !run.what_if) say("Start the viewer with --what-if, and open the address that it prints");
+        else if (episode.turns.length) {
+          if (state.view !== "dialogue") setView("dialogue");
+          talk.edit(state.turn);
+        }
+      }],
       ["y", () => copy(location.href)], ["c", () => copy(markdownOf(row, episode))],
     ]),
   };
