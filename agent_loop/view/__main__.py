@@ -4,7 +4,7 @@
     python -m agent_loop.view runs/ID runs/OTHER             # two runs, to compare
     python -m agent_loop.view runs/ID --follow               # while training goes on
     python -m agent_loop.view runs/ID --export out.html --query "kl>1" # one file to send
-    python -m agent_loop.view runs/ID --what-if --base-url http://127.0.0.1:8001/v1 --model NAME   # and play forks
+    python -m agent_loop.view runs/ID --what-if --model FOLDER         # and play forks of episodes (docs/viewer.md)
     python -m agent_loop.view --text runs/ID [EPISODE] [--tokens]      # in the terminal; see --text --help
 
 RUN is a run directory, a folder of episode files or one file. From another machine: `ssh -L 8765:127.0.0.1:8765`.
@@ -17,8 +17,11 @@ import os
 import secrets
 import socket
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from agent_loop.view import WANTED
 
 if TYPE_CHECKING:
     from agent_loop.view.index import Index
@@ -48,17 +51,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokenizer", type=Path, help="folder with tokenizer.json, where the run does not have it")
     parser.add_argument("--what-if", action="store_true", help="let the pages play forks of episodes (docs/viewer.md)")
     parser.add_argument(
-        "--base-url", help="server whose model samples on in a fork; without, an edited turn is the last"
+        "--model",
+        help="samples on: a model folder, or a name on --base-url; without it an edited turn is the last",
     )
-    parser.add_argument("--model", help="the name that the server knows it by")
+    parser.add_argument("--base-url", metavar="URL", help="server of --model, with /v1")
     parser.add_argument("--api-key-env", metavar="VAR", help="environment variable that holds the server's key")
     parser.add_argument("--env", help="environment of forks, where the run's is a folder: its code will run")
     parser.add_argument("--cache", type=Path, help="folder of the index (default: in the user's cache)")
     parser.add_argument("--text", action="store_true", help="read in the terminal instead")
     options = parser.parse_args(arguments)
-    wanted = [options.base_url, options.model]
-    if any(wanted) and not (all(wanted) and options.what_if):
-        parser.error("--base-url and --model go together, with --what-if")
+    if not options.what_if and (options.base_url or options.model or options.env or options.api_key_env):
+        parser.error("--model, --base-url, --api-key-env and --env are for --what-if")
+    if options.what_if and options.export:
+        parser.error("an exported file plays no forks: leave out --what-if")
+    if (options.base_url or options.api_key_env) and not (options.base_url and options.model):
+        parser.error("--base-url wants --model, the name that the server knows the model by")
+    if options.model and not options.base_url and not (Path(options.model) / "config.json").is_file():
+        parser.error(f"--model {options.model}: no model folder (no config.json); for a server's model add --base-url")
     if options.api_key_env and options.api_key_env not in os.environ:
         parser.error(f"--api-key-env: the environment has no variable {options.api_key_env}")
     if options.host not in LOOPBACK:
@@ -72,25 +81,30 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def show(options: argparse.Namespace) -> int:
+    from agent_loop.view.fork import ForkError
     from agent_loop.view.index import Index, cache_folder
     from agent_loop.view.pieces import pieces_of
-    from agent_loop.view.whatif import ForkError
 
     runs = [run for run in (options.run, options.other) if run is not None]
+    for run in runs:
+        if not run.exists():
+            print(f"error: there is no run at {run}: {WANTED}", file=sys.stderr)
+            return 2
     index = Index(runs, options.cache or cache_folder())
     try:
         pieces = [pieces_of(run, options.tokenizer) for run in index.roots]
         if options.export is not None:
             return export(options, index, pieces)
         if not index.rows() and not options.follow:
-            print(f"error: no episodes in {options.run}", file=sys.stderr)
+            print(f"error: no episodes in {options.run}: {WANTED}", file=sys.stderr)
             return 2
-        try:
-            what_ifs = forks_of(options, index, pieces) if options.what_if else None
-        except ForkError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        return serve(options, index, pieces, what_ifs)
+        if not options.what_if:
+            return serve(options, index, pieces, None)
+        with ExitStack() as opened:
+            return serve(options, index, pieces, forks_of(options, index, pieces, opened))
+    except ForkError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     finally:
         index.close()
 
@@ -113,15 +127,36 @@ def export(options: argparse.Namespace, index: Index, pieces: list[Pieces | None
     return 0
 
 
-def forks_of(options: argparse.Namespace, index: Index, pieces: list[Pieces | None]) -> list[WhatIf]:
+def forks_of(options: argparse.Namespace, index: Index, pieces: list[Pieces | None], opened: ExitStack) -> list[WhatIf]:
+    """What plays forks, one a run; the engine of a model folder runs until `opened` is closed.
+
+    Raises:
+        ForkError: a run's configuration, tokenizer or the model is not fit for it.
+    """
+    from agent_loop.view.engine import engine
+    from agent_loop.view.fork import ForkError
+    from agent_loop.view.pieces import pieces_of
     from agent_loop.view.whatif import Model, WhatIf
 
-    key = os.environ[options.api_key_env] if options.api_key_env else None
-    model = Model(options.base_url, options.model, key) if options.base_url else None
-    return [
+    model = None
+    if options.base_url:
+        key = os.environ[options.api_key_env] if options.api_key_env else None
+        model = Model(options.base_url, options.model, key)
+    what_ifs = [
         WhatIf(run, found.folder if found else None, model=model, env=options.env)
         for run, found in zip(index.roots, pieces, strict=True)
     ]
+    if options.model and model is None:
+        folder = Path(options.model)
+        own = pieces_of(folder, folder)
+        for run, found in zip(index.roots, pieces, strict=True):
+            if own is not None and found is not None and not own.same_ids(found):
+                raise ForkError(f"the model in {folder} has another vocabulary than {run}: its ids mean other words")
+        print(f"starting the embedded engine with {folder}", file=sys.stderr, flush=True)
+        model = opened.enter_context(engine(folder))
+        for what_if in what_ifs:
+            what_if.model = model
+    return what_ifs
 
 
 def serve(options: argparse.Namespace, index: Index, pieces: list[Pieces | None], what_ifs: list[WhatIf] | None) -> int:

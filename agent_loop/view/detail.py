@@ -201,10 +201,21 @@ def _topk(topk: dict[str, Any] | None) -> list[list[tuple[int, float]] | None] |
     ]
 
 
-def prompt_page(index: Index, row: Row, pieces: Pieces | None) -> dict[str, Any]:
-    """The whole text of each trace, decoded from its ids: what the model read, as far as text can say it."""
+def prompt_page(index: Index, row: Row, pieces: Pieces | None, turn: int) -> dict[str, Any]:
+    """What the model read before a turn, decoded from its ids as a whole; `text` is null without a tokenizer.
+
+    Raises:
+        LookupError: there is no such turn, or its tokens are not known.
+    """
     value = exact(index.raw(row))
+    if not 0 <= turn < len(value["turns"]):
+        raise LookupError(f"there is no turn {turn}")
+    played = value["turns"][turn]
+    if played["trace"] is None or played["start"] is None or not 0 <= played["trace"] < len(value["traces"]):
+        raise LookupError(f"the tokens of turn {turn} are not known")
+    ids = value["traces"][played["trace"]]["token_ids"][: played["start"]]
     return {
         "tokenizer": pieces.name if pieces else None,
-        "texts": [pieces.whole(trace["token_ids"]) if pieces else None for trace in value["traces"]],
+        "tokens": len(ids),
+        "text": pieces.whole(ids) if pieces else None,
     }

@@ -35,6 +35,10 @@ class Pieces:
     def whole(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode([i for i in ids if i < 2**32], skip_special_tokens=False))
 
+    def same_ids(self, other: Pieces) -> bool:
+        """Whether both have the same pieces under the same ids."""
+        return bool(self._tokenizer.get_vocab() == other._tokenizer.get_vocab())
+
     def _one(self, token: int) -> str:
         if token not in self._known:
             name = self._tokenizer.id_to_token(token) if token < 2**32 else None

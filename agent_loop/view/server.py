@@ -24,14 +24,15 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from agent_loop.episodes import episode_from_json
 from agent_loop.view import detail
 from agent_loop.view.export import static_files, write_html
+from agent_loop.view.fork import ForkError
 from agent_loop.view.index import Index
+from agent_loop.view.pages import page_of, stored_pages
 from agent_loop.view.pieces import Pieces
-from agent_loop.view.rows import Row, cut
+from agent_loop.view.rows import Row
 from agent_loop.view.search import BadQuery, find
-from agent_loop.view.whatif import ForkError, WhatIf
+from agent_loop.view.whatif import WhatIf, fork_row
 
 CSP = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; connect-src 'self'; "
@@ -90,11 +91,14 @@ class Guard:
         host = [value.decode("latin-1") for value in headers.get(b"host", [])]
         if len(host) != 1 or host[0] not in self.hosts:
             return PlainTextResponse("This server answers to its own name only.", 400)
+        own = f"http://{host[0]}"
         origins = {value.decode("latin-1") for value in headers.get(b"origin", [])}
         site = set(headers.get(b"sec-fetch-site", []))
-        if origins - {f"http://{host[0]}"} or site - {b"same-origin", b"none"}:
+        if origins - {own} or site - {b"same-origin", b"none"}:
             return PlainTextResponse("Other sites may not read this.", 403)
         if scope["method"] == "POST" and scope["path"] == WHAT_IF and self.token is not None:
+            if origins != {own}:  # a browser says where a POST comes from
+                return PlainTextResponse("wanted the header Origin", 403)
             given = headers.get(b"x-what-if", [])
             if len(given) != 1 or not hmac.compare_digest(given[0], self.token.encode()):
                 return PlainTextResponse("The page was not opened with the address that the command printed.", 403)
@@ -126,6 +130,7 @@ def app_of(
         token: see `Guard`.
     """
     files = static_files()
+    stores = [stored_pages(run) for run in runs]
     refreshing = threading.Lock()
 
     def follow() -> None:
@@ -174,20 +179,35 @@ def app_of(
             }
         )
 
-    def of_row(answer: Callable[[Row], Response]) -> Callable[[Request], Response]:
+    def of_row(answer: Callable[[Row, Request], Response]) -> Callable[[Request], Response]:
         def endpoint(request: Request) -> Response:
             key = request.path_params["key"]
             row = index.row(key) if _KEY.fullmatch(key) else None
             if row is None:
                 return _json({"error": "there is no such episode"}, 404)
             try:
-                return answer(row)
-            except FileNotFoundError as error:
+                return answer(row, request)
+            except (FileNotFoundError, LookupError) as error:
                 return _json({"error": str(error)}, 404)
             except (ValueError, RecursionError) as error:
                 return _json({"error": f"the line is no episode: {error}"}, 422)
 
         return endpoint
+
+    def episode(row: Row, request: Request) -> Response:
+        return _json(detail.episode_page(index, row, pieces[row.run]) | {"pages": stores[row.run] is not None})
+
+    def prompt(row: Row, request: Request) -> Response:
+        turn = request.query_params.get("turn", "0")
+        if not turn.isascii() or not turn.isdigit() or len(turn) > 9:
+            return _json({"error": "turn is a number"}, 400)
+        return _json(detail.prompt_page(index, row, pieces[row.run], int(turn)))
+
+    def page(row: Row, request: Request) -> Response:
+        return _json(page_of(stores[row.run], request.query_params.get("page", "")))
+
+    def raw(row: Row, request: Request) -> Response:
+        return Response(index.raw(row), media_type="text/plain; charset=utf-8")
 
     def export(request: Request) -> Response:
         keys = request.query_params.get("keys", "").split(",")
@@ -195,9 +215,10 @@ def app_of(
         found = [row for row in rows if row is not None]
         if len(found) != len(rows) or len(rows) > MOST_EXPORTED:
             return _json({"error": f"wanted the keys of 1 to {MOST_EXPORTED} episodes"}, 400)
-        page = write_html(index, runs, pieces, found)
         return Response(
-            page, media_type="text/html", headers={"content-disposition": 'attachment; filename="episodes.html"'}
+            write_html(index, runs, pieces, found),
+            media_type="text/html",
+            headers={"content-disposition": 'attachment; filename="episodes.html"'},
         )
 
     forking = threading.Lock()
@@ -209,14 +230,14 @@ def app_of(
         if not forking.acquire(blocking=False):
             return _json({"error": "another fork is being played"}, 409)
         try:
-            episode = fork_row(index, row, what_ifs[row.run], turn, text)
+            made = fork_row(index, row, what_ifs[row.run], turn, text)
         except (ForkError, FileNotFoundError) as error:
             return _json({"error": str(error)}, 422)
         except (ValueError, RecursionError) as error:
             return _json({"error": f"the line is no episode: {error}"}, 422)
         finally:
             forking.release()
-        return _json({"key": episode.key, "id": episode.id})
+        return _json({"key": made.key, "id": made.id})
 
     async def what_if(request: Request) -> Response:
         body = bytearray()
@@ -230,7 +251,7 @@ def app_of(
             if type(key) is not str or type(turn) is not int or not isinstance(text, str | None):
                 raise TypeError
             if text is not None:
-                text.encode()
+                text.encode()  # a lone surrogate is no text
         except (ValueError, KeyError, TypeError, RecursionError):
             return _json({"error": "wanted key, turn and text"}, 400)
         return await run_in_threadpool(played, key, turn, text)
@@ -241,31 +262,15 @@ def app_of(
         Route("/api/run", run),
         Route("/api/changes", changes),
         Route("/api/episodes", episodes),
-        Route("/api/episode/{key}", of_row(lambda row: _json(detail.episode_page(index, row, pieces[row.run])))),
-        Route("/api/prompt/{key}", of_row(lambda row: _json(detail.prompt_page(index, row, pieces[row.run])))),
-        Route("/api/raw/{key}", of_row(lambda row: Response(index.raw(row), media_type="text/plain; charset=utf-8"))),
+        Route("/api/episode/{key}", of_row(episode)),
+        Route("/api/prompt/{key}", of_row(prompt)),
+        Route("/api/page/{key}", of_row(page)),
+        Route("/api/raw/{key}", of_row(raw)),
         Route("/api/export", export),
     ]
     if what_ifs is not None:
         routes.append(Route(WHAT_IF, what_if, methods=["POST"]))
     return Guard(Starlette(routes=routes), port, token if what_ifs is not None else None)
-
-
-def fork_row(index: Index, row: Row, what_if: WhatIf, turn: int, text: str | None) -> Row:
-    """Fork the episode of a row, and store the fork; its row.
-
-    Raises:
-        ForkError: it cannot be done.
-        ValueError, RecursionError: the line is no episode.
-        FileNotFoundError: the file is gone.
-    """
-    original = episode_from_json(json.loads(index.raw(row)))
-    episode = what_if.fork(original, turn, index.path(row).parent, text)
-    index.refresh()
-    found = [other for other in index.rows() if other.run == row.run and other.id == cut(episode.id)]
-    if not found:
-        raise ForkError("the fork was written, but is not among the run's episodes")
-    return found[-1]
 
 
 def _json(value: Any, status: int = 200) -> Response:
