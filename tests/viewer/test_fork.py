@@ -28,6 +28,17 @@ from tests.viewer.conftest import SITE, Played, call, script, write_store
 from tools.tool import Tool, tool
 
 
+@tool
+def add(a: int, b: int) -> int:
+    """Add.
+
+    Args:
+        a: first.
+        b: second.
+    """
+    return a + b
+
+
 def what_if(played: Played, **options: Any) -> WhatIf:
     return WhatIf(played.path, played.tokenizer, **options)
 
@@ -227,16 +238,6 @@ def test_runs_that_cannot_be_played_on(played: Played, tmp_path: Path) -> None:
 
 
 def test_an_environment_that_opens_otherwise(tiny_tokenizer: Path) -> None:
-    @tool
-    def add(a: int, b: int) -> int:
-        """Add.
-
-        Args:
-            a: first.
-            b: second.
-        """
-        return a + b
-
     class Greeting(ToolEnv):
         greeting = "You add."
 
@@ -268,7 +269,7 @@ def test_a_thinking_model_s_forks_begin_new_traces_where_the_original_did(shared
 
     class Talking(ToolEnv):
         def tools(self) -> list[Tool]:
-            return []
+            return [add]
 
         def on_no_call(self, action: Any) -> Any:
             return {"role": "user", "content": "Go on."}

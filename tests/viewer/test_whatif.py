@@ -96,9 +96,10 @@ def test_who_may_not(forking: Server, played: Played, headers: dict[str, str | N
 
 def test_what_is_no_request(forking: Server, played: Played) -> None:
     [key] = keys(forking)
-    for body in (b"", b"{", b"[1]", b'"x"', b"\xff", b"[" * 100_000, {"key": key}, {"key": key, "turn": "1", "text": "x"},
-                 {"key": key, "turn": True, "text": "x"}, {"key": key, "turn": 1, "text": 7}, {"key": 3, "turn": 1, "text": "x"},
-                 {"key": key, "turn": 1, "text": "\ud800"}):  # fmt: skip
+    whole = {"key": key, "turn": 1, "text": "x"}
+    changes: tuple[dict[str, Any], ...] = ({"turn": "1"}, {"turn": True}, {"text": 7}, {"key": 3}, {"text": "\ud800"})
+    wrong = [b"", b"{", b"[1]", b'"x"', b"\xff", b"[" * 100_000, {"key": key}, *(whole | change for change in changes)]
+    for body in wrong:
         assert post(forking, body)[0] == 400
     assert post(forking, {"key": key, "turn": 1, "text": "x" * 1_000_001})[0] == 413
     for other in ("0" * 16, "../../config.json", "x"):
@@ -155,6 +156,7 @@ def test_an_engine_that_cannot_start_says_why(tmp_path: Path) -> None:
         raise AssertionError("it started")
 
 
+@pytest.mark.slow
 def test_the_command_starts_the_engine_and_takes_it_along(played: Played, model_folder: Path) -> None:
     server = Server(
         str(played.path), "--what-if", "--model", str(model_folder), "--cache", str(played.path.parent / "c")
@@ -240,14 +242,9 @@ def test_stored_pages(forking: Server, played: Played) -> None:
 
 
 def test_runs_without_a_page_store(played: Played) -> None:
-    for arguments in (
-        {},
-        {"browse": {"mode": "live"}},
-        {"browse": 3},
-        {"pages": "/nowhere.jsonl"},
-        {"pages": "/etc/passwd"},
-        None,
-    ):
+    browse: list[Any] = [{"mode": "live"}, 3, {"store": str(played.path / "episodes")}]
+    pages = ["/nowhere.jsonl", "/etc/passwd"]
+    for arguments in ({}, None, *({"browse": value} for value in browse), *({"pages": path} for path in pages)):
         played.configure(env_args=arguments)
         server = Server(str(played.path), "--cache", str(played.path.parent / "cache"))
         [key] = keys(server)
