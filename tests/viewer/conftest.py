@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -213,7 +214,9 @@ def played(tmp_path: Path, tiny_tokenizer: Path) -> Played:
     question = {"role": "user", "content": f"Who makes Abc? Start at {SITE}/"}
     task = Task(id="t", messages=(question,), metadata={"answer": "Acme", "question_type": "Ingredient"})
     job = EpisodeJob(task=task, step=1, seed=7)
-    episode = asyncio.run(run_episode(job, env, TokenActor(renderer, script(renderer, *TURNS))))
+    playing = run_episode(job, env, TokenActor(renderer, script(renderer, *TURNS)))
+    with ThreadPoolExecutor() as thread:  # Playwright has an event loop in this one
+        episode = thread.submit(asyncio.run, playing).result()
     assert episode.rewards == {"success": 1.0, "answered": 1.0}
     [trace] = episode.traces
     trace.teacher_logprobs = [-0.5 if trained else None for trained in trace.loss_mask]
