@@ -228,7 +228,7 @@ function promptPart(page, turn) {
       const found = await get(`/api/prompt/${page.row.key}?turn=${choice.value}`);
       out.replaceChildren(found.text === null ? h("p", { class: "banner" }, "No tokenizer was found: the prompt is its ids. Name one with --tokenizer.")
         : h("div", {}, h("p", { class: "banner" }, `Decoded from ${number(found.tokens)} ids (${oneLine(found.tokenizer, 80)}). Copied as it is; here control characters are spelled out.`),
-          h("button", { onclick: () => copy(found.text) }, "Copy the prompt"), h("pre", { class: "prose code prompttext" }, visible(found.text))));
+          h("button", { onclick: () => copy(found.text) }, "Copy the prompt"), h("pre", { class: "prose code pagetext prompttext" }, visible(found.text))));
     } catch (error) {
       out.replaceChildren(h("p", { class: "banner" }, visible(error.message)));
     }

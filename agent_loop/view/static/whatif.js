@@ -33,5 +33,5 @@ export function whatIf({ key, turn, model, onClose }) {
   const element = h("div", { class: "whatif", role: "group", "aria-label": `what if turn ${turn.index}` },
     h("p", {}, `The turns before are played again against the recorded tools. ${model ? `Then ${model} goes on.` : "No model was named: the edited turn is the last."} Tool calls are written as the model writes them. Ctrl+Enter runs it.`),
     text, h("div", { class: "toolbar" }, buttons), status);
-  return { element, focus: () => text.focus() };
+  return { element, focus: () => { text.focus({ preventScroll: true }); element.scrollIntoView({ block: "nearest" }); } };
 }
