@@ -11,7 +11,9 @@ whatif.py   forks of a run's episodes, stored beside them
 engine.py   a model folder as a server, for forks
 server.py   the server on loopback: it reads, and plays forks if asked to
 export.py   the same pages in one HTML file
+trajectory.py  one episode as ATIF
 text.py     the terminal's reader
+tui.py      the terminal's screens (tui_episode.py, tui_parts.py)
 static/     the pages: ES modules, shipped as they are
 """
 

@@ -190,7 +190,8 @@ def alive(pid: int) -> bool:
         (["--env", "x"], "are for --what-if"),
         (["--what-if", "--base-url", "http://127.0.0.1:1/v1"], "--base-url wants --model"),
         (["--what-if", "--model", "nowhere"], "--model nowhere: no model folder"),
-        (["--what-if", "--export", "x.html"], "an exported file plays no forks"),
+        (["--what-if", "--export", "x.html"], "only the pages play forks"),
+        (["--what-if", "--tui"], "only the pages play forks"),
         (
             ["--what-if", "--model", "m", "--base-url", "http://127.0.0.1:1/v1", "--api-key-env", "NO_SUCH_VARIABLE"],
             "no variable NO_SUCH_VARIABLE",
