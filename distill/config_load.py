@@ -38,6 +38,8 @@ CHANGEABLE_ON_RESUME = (
     "eval",
     "checkpoint",
     "check",
+    "tracking",
+    "alarms",
     "rollout.max_concurrent",
     "student.base_url",
     "student.server",
