@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from distill.config import AlarmsConfig
@@ -25,6 +25,22 @@ SHARP = 0.2
 SAME = 1e-9
 """Squared nats. Log-ratios of this mean square are rounding errors of two equal models."""
 
+AlarmName = Literal[
+    "kl_rising",
+    "kl_negative",
+    "kl_far",
+    "coverage",
+    "mismatch",
+    "mismatch_max",
+    "ratio_clipped",
+    "entropy_collapse",
+    "length_growth",
+    "truncated",
+    "tool_errors",
+    "invalid_calls",
+    "reward_drop",
+    "no_op",
+]
 Line = Mapping[str, Any]
 Find = Callable[[Sequence[Line], "AlarmsConfig"], str | None]
 """Lines, oldest first, at least one -> what was seen at the last of them. None: nothing, or it cannot be told."""
@@ -34,7 +50,7 @@ Find = Callable[[Sequence[Line], "AlarmsConfig"], str | None]
 class Alarm:
     """One thing that is wrong at the last line."""
 
-    name: str
+    name: AlarmName
     """As in `alarm/<name>` and `alarms.stop`."""
     stops: bool
     """The run is to end here: `alarms.stop` names it."""
@@ -202,7 +218,7 @@ def no_op(lines: Sequence[Line], limits: AlarmsConfig) -> str | None:
     return None
 
 
-RULES: dict[str, Rule] = {
+RULES: dict[AlarmName, Rule] = {
     "kl_rising": Rule(
         kl_rising,
         "The student leaves its teacher: the steps are too large, or episodes are too old or too far from what the "

@@ -17,7 +17,9 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
 
+from distill.alarms import AlarmName
 from distill.config_rules import InconsistentConfig, notes_of, problems_of
+from distill.trackers import TrackerName
 from envs.types import Limits, ParseErrorPolicy, TerminationPolicy
 
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -62,23 +64,6 @@ Count = Annotated[int, Field(ge=1, lt=2**31)]
 CountOrZero = Annotated[int, Field(ge=0, lt=2**31)]
 Text = Annotated[str, Field(min_length=1)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-AlarmName = Literal[
-    "kl_rising",
-    "kl_negative",
-    "kl_far",
-    "coverage",
-    "mismatch",
-    "mismatch_max",
-    "ratio_clipped",
-    "entropy_collapse",
-    "length_growth",
-    "truncated",
-    "tool_errors",
-    "invalid_calls",
-    "reward_drop",
-    "no_op",
-]
-"""The keys of `distill.alarms.RULES`."""
 
 
 class Section(BaseModel):
@@ -373,9 +358,9 @@ class CheckConfig(Section):
 class TrackingConfig(Section):
     """Copies of the metrics in experiment trackers (docs/metrics.md). `metrics.jsonl` is always written, and first."""
 
-    to: Annotated[tuple[Literal["wandb", "tensorboard", "trackio"], ...], Strict(False)] = ()
-    """Trackers, with the package of each (`pip install "distill-gym[trackers]"`). Keys stand in their own environment
-    variables, such as WANDB_API_KEY."""
+    to: Annotated[tuple[TrackerName, ...], Strict(False)] = ()
+    """Trackers to copy to; their packages are the extra `trackers`. Their keys stand in their own environment variables,
+    such as WANDB_API_KEY."""
     project: Text = "distill-gym"
     """Project in W&B and trackio."""
     name: Text | None = None
@@ -383,7 +368,8 @@ class TrackingConfig(Section):
     tags: Annotated[tuple[Text, ...], Strict(False)] = ()
     """Tags of the run in W&B."""
     offline: bool = False
-    """W&B writes to the run's folder and sends nothing, for `wandb sync` later. The others never send anything."""
+    """Send nothing: W&B writes into the run's folder, for `wandb sync` later; trackio keeps to its local database, whatever
+    its environment variables say."""
     finish_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 30.0
     """Seconds that a tracker has after the last step to send what is left; then the run ends without it."""
 

@@ -40,6 +40,7 @@ def exit_code_of(error: BaseException) -> int | None:
     from distill.step import TooManyDropped
     from distill.student import NumericError
     from distill.types import TeacherError
+    from distill.watch import AlarmStop
     from envs.dataset import TaskError
     from envs.registry import RegistryError
     from tools.pages import PageStoreError
@@ -50,7 +51,7 @@ def exit_code_of(error: BaseException) -> int | None:
         ((TaskError, PageStoreError), EXIT_DATA),
         ((ServerLost,), EXIT_OUTAGE),
         ((LaunchError, TooManyDropped, TransportError, ScoringError, PolicyError, TeacherError), EXIT_SERVER),
-        ((NumericError, PublishError), EXIT_NUMERIC),
+        ((AlarmStop, NumericError, PublishError), EXIT_NUMERIC),
         ((RunDirError, CheckpointError, OSError), EXIT_STORAGE),
         ((Interrupted, KeyboardInterrupt), EXIT_INTERRUPT),
     ]

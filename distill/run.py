@@ -21,13 +21,15 @@ if TYPE_CHECKING:
     from distill.build import Parts
     from distill.checkpoint import Checkpoint
     from distill.rundir import RunDir
+    from distill.watch import Watch
 
 
-async def train(parts: Parts, run: RunDir, console: Console, checkpoint: Checkpoint | None) -> None:
+async def train(parts: Parts, run: RunDir, console: Console, checkpoint: Checkpoint | None, watch: Watch) -> None:
     """The run: check, evaluate, then `steps` times tasks -> episodes -> scores -> update -> publish -> record."""
     from distill.serving.fleet import ServerLost
     from distill.step import collect
     from distill.tasks import TaskSource
+    from distill.watch import AlarmStop
 
     config = parts.config
     stop = StopFlag()
@@ -55,8 +57,9 @@ async def train(parts: Parts, run: RunDir, console: Console, checkpoint: Checkpo
             finally:  # the step is made, whatever becomes of its publication
                 now = time.monotonic()
                 metrics |= {"time/publish": now - publish_began, "time/step": now - began, **outages(parts)}
-                run.append_metrics({"step": step, **metrics})
+                run.append_metrics({"step": step, **metrics, **watch.alarms({"step": step, **metrics})})
                 console.step(step, config.steps, metrics)
+            watch.speak()
             last = step == config.steps or stop.asked
             if config.eval.every and step % config.eval.every == 0 and not last:
                 await evaluate_and_record(parts, run, console, step=step)
@@ -66,7 +69,7 @@ async def train(parts: Parts, run: RunDir, console: Console, checkpoint: Checkpo
                 raise Interrupted(f"stopped after step {step}; continue with --resume {run.path}")
         if config.eval.at_end:
             await evaluate_and_record(parts, run, console, step=config.steps)
-    except ServerLost:
+    except (ServerLost, AlarmStop):
         saver.save()
         raise
 
@@ -179,35 +182,39 @@ async def run_training(loaded: LoadedConfig, console: Console, resume: Path | No
     from distill.build import build, metadata_of
     from distill.checkpoint import find_latest
     from distill.rundir import RunDir
+    from distill.watch import Watch
 
     config = loaded.config
     path = resume or Path(config.output_dir) / (
         config.run_id or f"{config.env.strip('/').replace('/', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
     )
     run = RunDir.resume(path) if resume else RunDir.create(path, config.model_dump(mode="json"))
-    status = "failed"
-    parts = None
+    status, wait = "failed", True
+    parts = watch = None
     try:
         console.say(f"run directory: {path}")
         parts = build(config, console, path)
         run.note(**metadata_of(parts))
-        checkpoint = None
+        checkpoint, recorded = None, run.last_step()
         if resume:
             checkpoint = find_latest(path / "checkpoints", report=console.say)
             run.rewind(checkpoint.step if checkpoint else 0)
             if checkpoint:
                 parts.student.restore(checkpoint)
                 console.say(f"resuming after step {checkpoint.step}")
-        await train(parts, run, console, checkpoint)
+        watch = Watch(config, path, console.say, after=recorded)
+        await train(parts, run, console, checkpoint, watch)
         finish(run, console)
         status = "finished"
-    except (Interrupted, KeyboardInterrupt, asyncio.CancelledError):
-        status = "interrupted"
+    except (Interrupted, KeyboardInterrupt, asyncio.CancelledError) as error:
+        status, wait = "interrupted", isinstance(error, Interrupted)
         raise
     finally:
         if parts is not None:
             await parts.aclose()
         run.close(status)
+        if watch is not None:
+            watch.close(status, wait=wait)
         if status == "failed" and any((path / "checkpoints").glob("step_*")):
             console.say(f"what was saved is kept; once the cause is mended, continue with --resume {path}")
 

@@ -88,6 +88,11 @@ class RunDir:
             out.flush()
             os.fsync(out.fileno())
 
+    def last_step(self) -> int:
+        """Of `metrics.jsonl`; 0: no step was recorded."""
+        path = self.path / "metrics.jsonl"
+        return max((int(line["step"]) for line in read_jsonl(path)), default=0) if path.exists() else 0
+
     def rewind(self, step: int) -> None:
         """Forget what an interrupted attempt wrote after the checkpoint of `step` steps: its metric lines and its
         episodes. They are made again, the same."""
