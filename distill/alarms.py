@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -88,7 +89,7 @@ def alarms_of(lines: Sequence[Line], limits: AlarmsConfig) -> list[Alarm]:
 
 def lookback(limits: AlarmsConfig) -> int:
     """Lines that the rules look at."""
-    return max(BEFORE + limits.window, 4 * limits.window)
+    return BEFORE + 4 * limits.window
 
 
 def values_of(lines: Sequence[Line], name: str) -> list[float]:
@@ -135,7 +136,7 @@ def kl_rising(lines: Sequence[Line], limits: AlarmsConfig) -> str | None:
     """The mean over a window rose three times in a row, by the share `kl_rise` in all."""
     means = [window_mean(lines, "teacher_kl", limits.window, i * limits.window) for i in (3, 2, 1, 0)]
     known = [mean for mean in means if mean is not None]
-    if limits.kl_rise is None or len(known) < 4 or any(b <= a for a, b in zip(known, known[1:], strict=False)):
+    if limits.kl_rise is None or len(known) < 4 or any(b <= a for a, b in pairwise(known)):
         return None
     if known[-1] < ARRIVED or known[-1] - known[0] < limits.kl_rise * abs(known[0]):
         return None
@@ -192,17 +193,19 @@ def _changed(lines: Sequence[Line], window: int, name: str, is_bad: Callable[[fl
 
 
 def reward_drop(lines: Sequence[Line], limits: AlarmsConfig) -> str | None:
-    """The tracked reward's mean over a window is lower than it was up to 50 steps before, by more than `reward_drop`
-    and by more than chance: three standard errors of a difference of means within [0, 1]."""
-    now = window_mean(lines, "reward", limits.window)
-    earlier = [window_mean(lines, "reward", limits.window, back) for back in range(limits.window, BEFORE + 1)]
+    """The tracked reward's mean over a window is lower than over the best three windows on end of the 50 steps before,
+    by more than `reward_drop` and by more than chance: four standard errors of a difference of means within [0, 1]
+    (the best of many is high by chance alone)."""
+    window, long = limits.window, 3 * limits.window
+    now = window_mean(lines, "reward", window)
+    earlier = [window_mean(lines, "reward", long, back) for back in range(window, BEFORE + 1)]
     best = max((mean for mean in earlier if mean is not None), default=None)
-    episodes = sum(values_of(lines[-limits.window :], "rollout/episodes"))
+    episodes = sum(values_of(lines[-window:], "rollout/episodes"))
     if limits.reward_drop is None or now is None or best is None or not episodes:
         return None
-    if best - now <= max(limits.reward_drop, 3 * math.sqrt(0.5 / episodes)):
+    if best - now <= max(limits.reward_drop, 4 * math.sqrt(0.25 / episodes + 0.25 / (3 * episodes))):
         return None
-    return f"reward is {now:.3f} over {limits.window} steps; it was {best:.3f}"
+    return f"reward is {now:.3f} over {window} steps; it was {best:.3f} over {long}"
 
 
 def no_op(lines: Sequence[Line], limits: AlarmsConfig) -> str | None:

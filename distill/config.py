@@ -359,8 +359,8 @@ class TrackingConfig(Section):
     """Copies of the metrics in experiment trackers (docs/metrics.md). `metrics.jsonl` is always written, and first."""
 
     to: Annotated[tuple[TrackerName, ...], Strict(False)] = ()
-    """Trackers to copy to; their packages are the extra `trackers`. Their keys stand in their own environment variables,
-    such as WANDB_API_KEY."""
+    """Trackers to copy to; their packages are the extra `trackers`. Keys stand in their own environment variables, such
+    as WANDB_API_KEY."""
     project: Text = "distill-gym"
     """Project in W&B and trackio."""
     name: Text | None = None
@@ -368,8 +368,7 @@ class TrackingConfig(Section):
     tags: Annotated[tuple[Text, ...], Strict(False)] = ()
     """Tags of the run in W&B."""
     offline: bool = False
-    """Send nothing: W&B writes into the run's folder, for `wandb sync` later; trackio keeps to its local database, whatever
-    its environment variables say."""
+    """Send nothing: W&B writes into the run's folder, for `wandb sync` later; trackio keeps to its local database."""
     finish_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 30.0
     """Seconds that a tracker has after the last step to send what is left; then the run ends without it."""
 

@@ -77,9 +77,13 @@ class Copier:
                 self.sent += kind == 0
 
 
+MARK = "track: "
+"""Begins the lines that are ours; libraries print between them."""
+
+
 def say(text: str) -> None:
     """One line, at once: the process may be killed, and its last line is what the run says of it."""
-    print(text, flush=True)
+    print(MARK + text, flush=True)
 
 
 class Ending(threading.Thread):
@@ -114,16 +118,15 @@ def session_of(arguments: argparse.Namespace) -> Session:
     run_dir: Path = arguments.run
     config = json.loads((run_dir / "config.json").read_text())
     about = json.loads((run_dir / "run.json").read_text())
-    tracking = config.get("tracking", {})
     return Session(
         run_dir=run_dir,
         id=f"{about['id']}-{int(about['created'])}",
-        name=tracking.get("name") or about["id"],
-        project=arguments.project or tracking.get("project", "distill-gym"),
-        tags=tuple(tracking.get("tags", ())),
+        name=arguments.name or about["id"],
+        project=arguments.project,
+        tags=tuple(arguments.tag),
         config=config,
         after=arguments.after,
-        offline=arguments.offline or tracking.get("offline", False),
+        offline=arguments.offline,
     )
 
 
@@ -134,7 +137,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="the run's folder")
     parser.add_argument("--to", required=True, choices=get_args(TrackerName))
-    parser.add_argument("--project", help="default: tracking.project of the run")
+    parser.add_argument("--project", default="distill-gym", help="project in W&B and trackio")
+    parser.add_argument("--name", help="the run's name there; default: that of its folder")
+    parser.add_argument("--tag", action="append", default=[], help="in W&B; repeatable")
     parser.add_argument("--after", type=int, default=0, metavar="STEP", help="leave out the steps up to this one")
     parser.add_argument("--offline", action="store_true", help="send nothing over the network")
     parser.add_argument(

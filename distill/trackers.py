@@ -170,7 +170,8 @@ class Trackio:
     def __init__(self, session: Session) -> None:
         import trackio
 
-        self._run = trackio.init(
+        self._trackio = trackio
+        trackio.init(
             project=session.project,
             name=session.name,
             config=dict(session.config),
@@ -182,7 +183,7 @@ class Trackio:
         self.where = f"trackio show --project {session.project}"
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)
+        self._trackio.log(dict(values), step=step)
 
     def finish(self, status: str) -> None:
-        self._run.finish()
+        self._trackio.finish()

@@ -18,6 +18,7 @@ from distill.alarms import Alarm, alarms_of, lookback
 from distill.config import RunConfig
 from distill.metrics import Metrics
 from distill.rundir import read_jsonl
+from distill.track import MARK
 
 GRACE_S = 2.0
 """Seconds that a tracker's process has beyond its own deadline."""
@@ -96,22 +97,27 @@ class Follower:
 
     @classmethod
     def start(cls, name: str, config: RunConfig, run_dir: Path, after: int) -> Follower:
-        command = [sys.executable, "-m", "distill.track", str(run_dir), "--to", name]
+        tracking = config.tracking
+        command = [sys.executable, "-m", "distill.track", str(run_dir), "--to", name, "--project", tracking.project]
+        flags = ["--name", tracking.name] if tracking.name else []
+        flags += [part for tag in tracking.tags for part in ("--tag", tag)] + ["--offline"] * tracking.offline
         log = run_dir / "logs" / f"tracker_{name}.log"
         with log.open("a") as out:
-            process = subprocess.Popen(
-                [*command, "--after", str(after), "--follow", str(config.tracking.finish_timeout_s)],
+            process = subprocess.Popen(  # noqa: S603  (our own module)
+                [*command, *flags, "--after", str(after), "--follow", str(tracking.finish_timeout_s)],
                 stdin=subprocess.PIPE,
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 text=True,
                 start_new_session=True,  # Ctrl-C is for the run; it tells its trackers
             )
-        return cls(name, process, log, f"python -m distill.track {run_dir} --to {name}")
+        return cls(name, process, log, " ".join(["python", *command[1:]]))
 
     def last_line(self) -> str:
-        lines = self.log.read_text(errors="replace").splitlines()
-        return next((line[:300] for line in reversed(lines) if line.strip()), "it said nothing")
+        """What the process said last; what a library printed, only where it died without a word."""
+        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        ours = [line.removeprefix(MARK) for line in lines if line.startswith(MARK)]
+        return (ours or lines or ["it said nothing"])[-1][:300]
 
     def complain(self, say: Callable[[str], None]) -> None:
         """Say, once, that the process ended before the run."""
@@ -122,8 +128,8 @@ class Follower:
     def tell(self, status: str) -> None:
         """Say how the run ended."""
         assert self.process.stdin is not None
+        self.process.stdin.write(f"{status}\n")
         with contextlib.suppress(OSError):  # it has ended
-            self.process.stdin.write(f"{status}\n")
             self.process.stdin.close()
 
     def end(self, deadline: float, say: Callable[[str], None]) -> None:
