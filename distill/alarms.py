@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from statistics import fmean
+from itertools import combinations
+from statistics import fmean, median
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ ARRIVED = 0.1
 """Nats a token. A student nearer to its teacher than this has little left to lose; its KL and entropy are noisy."""
 SHARP = 0.2
 """Nats. Below this an entropy says little: one sure token more or less halves it."""
+TREND = 3.5
+"""Standard deviations of a trend that is not chance: one such in 4,000 series without any."""
 SAME = 1e-9
 """Squared nats. Log-ratios of this mean square are rounding errors of two equal models."""
 
@@ -133,14 +135,19 @@ def at_once(name: str, key: str, form: str, *, below: bool = False) -> Find:
 
 
 def kl_rising(lines: Sequence[Line], limits: AlarmsConfig) -> str | None:
-    """The mean over a window rose three times in a row, by the share `kl_rise` in all."""
-    means = [window_mean(lines, "teacher_kl", limits.window, i * limits.window) for i in (3, 2, 1, 0)]
-    known = [mean for mean in means if mean is not None]
-    if limits.kl_rise is None or len(known) < 4 or any(b <= a for a, b in pairwise(known)):
+    """Over four windows `teacher_kl` rose by the share `kl_rise`, from the first's median to the last's, and it rises in
+    more pairs of steps than chance allows: Kendall's S (Mann 1945) above `TREND` of its standard deviations. Ranks, for
+    single steps may be many times the others."""
+    steps = 4 * limits.window
+    values = values_of(lines[-steps:], "teacher_kl")
+    if limits.kl_rise is None or len(values) < steps:
         return None
-    if known[-1] < ARRIVED or known[-1] - known[0] < limits.kl_rise * abs(known[0]):
+    first, last = median(values[: limits.window]), median(values[-limits.window :])
+    score = sum((b > a) - (b < a) for a, b in combinations(values, 2))
+    deviation = math.sqrt(steps * (steps - 1) * (2 * steps + 5) / 18)
+    if last < ARRIVED or last - first < limits.kl_rise * abs(first) or score < TREND * deviation:
         return None
-    return f"teacher_kl rose over {3 * limits.window} steps: {' -> '.join(f'{mean:.3f}' for mean in known)}"
+    return f"teacher_kl rose from {first:.3f} to {last:.3f} over {steps} steps"
 
 
 def kl_negative(lines: Sequence[Line], limits: AlarmsConfig) -> str | None:
