@@ -135,9 +135,9 @@ def at_once(name: str, key: str, form: str, *, below: bool = False) -> Find:
 
 
 def kl_rising(lines: Sequence[Line], limits: AlarmsConfig) -> str | None:
-    """Over four windows `teacher_kl` rose by the share `kl_rise`, from the first's median to the last's, and it rises in
-    more pairs of steps than chance allows: Kendall's S (Mann 1945) above `TREND` of its standard deviations. Ranks, for
-    single steps may be many times the others."""
+    """Over four windows `teacher_kl` rose by the share `kl_rise`, from the first's median to the last's, and it rises
+    in more pairs of steps than chance allows: Kendall's S (Mann 1945) above `TREND` of its standard deviations. Ranks,
+    for single steps may be many times the others."""
     steps = 4 * limits.window
     values = values_of(lines[-steps:], "teacher_kl")
     if limits.kl_rise is None or len(values) < steps:

@@ -9,6 +9,7 @@ runs/<id>/
   episodes/eval_*.jsonl
   checkpoints/step_*/    safetensors + JSON, MANIFEST.json written last
   logs/
+  tensorboard/, wandb/   of trackers (`tracking.to`)
 """
 
 from __future__ import annotations
