@@ -1,148 +1,135 @@
-"""Bias, variance and cost of the losses.
+"""Seconds and extra peak memory of output head and loss, forward and backward, float32 on the CPU.
 
-Bias and variance are exact expectations over every token that could have been sampled, of one position with 2,000
-tokens: teacher logits N(0, spread^2), student = teacher + N(0, gap^2). Bias is |E g - g*| / |g*| and variance
-E |g - E g|^2 / |g*|^2, against the gradient g* of the exact reverse KL; medians over draws.
+One eighth of the positions is trained, in runs as turns of an episode are. Every way is measured in a process of its
+own; memory is the peak above what holds weight and hidden states, and includes the gradient of the head itself.
 
-python -m bench.loss [--draws 50] [--quick]
+    all positions      logits of every position, log_softmax, gather: what a plain training loop does
+    trained rows       `reverse_kl_loss` on the logits of the trained rows, one backward pass
+    slices             what `Student.train_step` does: rows in slices, a backward pass each
+    cross entropy      `F.cross_entropy` on the trained rows: another loss, the least that a loss costs
+    linear cross e.    `F.linear_cross_entropy` on the trained rows, in chunks: the same loss, fused with the head
+
+python -m bench.loss_cost [--width 1024] [--tokens 4096] [--vocab 151936] [--quick]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
+import subprocess
+import sys
 import time
-from statistics import median
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
-    from distill.config import LossConfig
-    from distill.types import Batch
-
-SETTINGS = ((6.0, 1.0, 20), (6.0, 2.0, 20), (6.0, 1.0, 8), (3.0, 1.5, 64))
-"""Spread, gap, K."""
-TYPES = ("sampled", "topk", "full")
+WAYS = ("all positions", "trained rows", "slices", "cross entropy", "linear cross e.")
+TURN = 32
+"""Trained tokens of one turn."""
 
 
-def batch_of(targets: torch.Tensor, student: torch.Tensor, teacher: torch.Tensor, top_k: int) -> Batch:
-    """Rows of positions with teacher log-probabilities [N, V], or one [V] for all of them."""
+def peak_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def work_of(way: str, hidden_TH: torch.Tensor, weight_VH: torch.Tensor, rows_N: torch.Tensor) -> Callable[[], None]:
+    """Forward and backward down to the hidden states and the head's weight."""
     import torch
+    from torch.nn import functional as F
 
-    from distill.types import Batch
-
-    count = len(targets)
-    zeros = torch.zeros(count, dtype=torch.int64)
-    teacher_NV = teacher.expand(count, teacher.shape[-1])
-    head = teacher.topk(top_k)
-    return Batch(
-        input_ids_BT=zeros[None],
-        lengths_B=torch.tensor([count]),
-        seq_N=zeros,
-        pos_N=zeros,
-        targets_N=targets,
-        sampling_logprobs_N=student.expand(teacher_NV.shape).gather(-1, targets[:, None])[:, 0],
-        teacher_logprobs_N=teacher_NV.gather(-1, targets[:, None])[:, 0],
-        advantages_N=torch.zeros(count, dtype=student.dtype),
-        turns_N=zeros,
-        classes_N=zeros,
-        episodes_N=zeros,
-        topk_ids_NK=head.indices.expand(count, top_k),
-        topk_logprobs_NK=head.values.expand(count, top_k),
-    )
-
-
-def bias_and_variance(
-    logits: torch.Tensor, teacher: torch.Tensor, config: LossConfig, top_k: int
-) -> tuple[float, float]:
-    import torch
-
-    from distill.loss import reverse_kl_loss
-
-    size = len(logits)
-    p, log_p = logits.softmax(-1), logits.log_softmax(-1)
-    d = log_p - teacher
-    exact = p * (d - (p * d).sum())
-    if config.type == "full":  # the same for every token: one row will do
-        p, targets = torch.ones(1, dtype=p.dtype), torch.zeros(1, dtype=torch.int64)
-    else:
-        targets = torch.arange(size)
-    rows = len(targets)
-    leaf = logits.expand(rows, size).clone().requires_grad_()
-    batch = batch_of(targets, log_p, teacher, top_k)
-    reverse_kl_loss(leaf, batch, config, rows, teacher.expand(rows, size)).loss.backward()
-    assert leaf.grad is not None
-    g = leaf.grad * rows
-    mean = p @ g
-    variance = float(p @ (g - mean).square().sum(-1))
-    norm = float(exact.norm())
-    return float((mean - exact).norm()) / norm, variance / norm**2
-
-
-def milliseconds(kind: str, rows: int, vocab_size: int, top_k: int, repeats: int) -> float:
-    """Forward and backward of the loss down to the logits, float32."""
-    import torch
-
+    from bench.loss import batch_of
     from distill.config import LossConfig
     from distill.loss import reverse_kl_loss
+    from distill.rows import MAX_LOGITS, _slice
 
-    logits = torch.randn(rows, vocab_size)
-    teacher = torch.randn(rows, vocab_size).log_softmax(-1)
-    batch = batch_of(torch.randint(vocab_size, (rows,)), logits.log_softmax(-1), teacher, top_k)
-    config = LossConfig(type=kind)  # type: ignore[arg-type]
+    tokens, vocab_size = len(hidden_TH), len(weight_VH)
+    count = len(rows_N)
+    targets_N = torch.randint(vocab_size, (count,))
+    scores_NV = torch.full((1,), -11.0).expand(count, vocab_size)
+    batch = batch_of(targets_N, scores_NV, scores_NV, 0)
+    config = LossConfig()
+
+    def all_positions() -> None:
+        targets_T = torch.zeros(tokens, dtype=torch.int64)
+        targets_T[rows_N] = targets_N
+        mask_T = torch.zeros(tokens)
+        mask_T[rows_N] = 1.0
+        s_T = (hidden_TH @ weight_VH.T).log_softmax(-1).gather(-1, targets_T[:, None])[:, 0]
+        (-(mask_T * (-11.0 - s_T.detach()) * s_T).sum() / count).backward()
+
+    def trained_rows() -> None:
+        reverse_kl_loss(hidden_TH[rows_N] @ weight_VH.T, batch, config, count).loss.backward()
+
+    def slices() -> None:
+        features_NH = hidden_TH[rows_N]
+        leaf_NH = features_NH.detach().requires_grad_()
+        size = max(1, MAX_LOGITS // vocab_size)
+        for start in range(0, count, size):
+            part = _slice(batch, start, start + size)
+            reverse_kl_loss(leaf_NH[start : start + size] @ weight_VH.T, part, config, count).loss.backward()
+        features_NH.backward(leaf_NH.grad)
+
+    def cross_entropy() -> None:
+        F.cross_entropy(hidden_TH[rows_N] @ weight_VH.T, targets_N).backward()
+
+    def linear_cross_entropy() -> None:
+        options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=512)
+        F.linear_cross_entropy(hidden_TH[rows_N], weight_VH, targets_N, options=options).backward()
+
+    works = (all_positions, trained_rows, slices, cross_entropy, linear_cross_entropy)
+    return dict(zip(WAYS, works, strict=True))[way]
+
+
+def measure(way: str, width: int, tokens: int, vocab_size: int) -> dict[str, float]:
+    """Seconds (the best of two, the first one warms up) and extra peak MiB (of the first)."""
+    import torch
+
+    torch.manual_seed(0)
+    hidden_TH = (torch.randn(tokens, width) / width**0.5).requires_grad_()
+    weight_VH = torch.randn(vocab_size, width).requires_grad_()
+    rows_N = torch.cat([torch.arange(start, start + TURN) for start in range(0, tokens - TURN, 8 * TURN)])
+    work = work_of(way, hidden_TH, weight_VH, rows_N)
+    before = peak_bytes()
     times = []
-    for _ in range(repeats + 1):
-        leaf = logits.clone().requires_grad_()
+    for i in range(2):
+        hidden_TH.grad = weight_VH.grad = None
         began = time.perf_counter()
-        reverse_kl_loss(leaf, batch, config, rows, teacher).loss.backward()
+        work()
         times.append(time.perf_counter() - began)
-    return 1000 * median(times[1:])
+        if i == 0:
+            extra = (peak_bytes() - before) / 2**20
+    return {"seconds": round(min(times), 3), "extra_mib": round(extra, 1), "rows": len(rows_N)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.loss", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m bench.loss_cost", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--draws", type=int, default=50)
-    parser.add_argument("--quick", action="store_true", help="3 draws of 500 tokens, small timings")
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--vocab", type=int, default=151_936)
+    parser.add_argument("--quick", action="store_true", help="width 256, 2048 tokens, vocabulary 32,000")
+    parser.add_argument("--way", choices=WAYS, help="measure this one only, in this process")
     arguments = parser.parse_args()
-
-    import torch
-
-    from distill.config import LossConfig
-
-    draws, size = (3, 500) if arguments.quick else (arguments.draws, 2000)
-    result: dict[str, object] = {"bench": "loss", "draws": draws, "vocab_size": size}
-    print(f"{'spread':>6} {'gap':>4} {'K':>3} {'mass':>5}" + "".join(f"  {t + ' bias / variance':>25}" for t in TYPES))
-    settings = []
-    for spread, gap, top_k in SETTINGS:
-        found: dict[str, list[tuple[float, float]]] = {t: [] for t in TYPES}
-        masses = []
-        for seed in range(draws):
-            generator = torch.Generator().manual_seed(seed)
-            noise = torch.randn(2, size, generator=generator, dtype=torch.float64)
-            teacher = (noise[0] * spread).log_softmax(-1)
-            logits = noise[0] * spread + noise[1] * gap
-            masses.append(float(logits.softmax(-1)[teacher.topk(top_k).indices].sum()))
-            for kind in TYPES:
-                found[kind].append(bias_and_variance(logits, teacher, LossConfig(type=kind), top_k))  # type: ignore[arg-type]
-        line: dict[str, float] = {"spread": spread, "gap": gap, "top_k": top_k, "mass": round(median(masses), 3)}
-        text = f"{spread:6g} {gap:4g} {top_k:3d} {median(masses):5.2f}"
-        for kind in TYPES:
-            bias, variance = median(b for b, _ in found[kind]), median(v for _, v in found[kind])
-            text += f"  {bias:14.1e} / {variance:8.2f}"
-            line |= {f"{kind}_bias": bias, f"{kind}_variance": round(variance, 4)}
-        gain = median(s[1] / k[1] for s, k in zip(found["sampled"], found["topk"], strict=True))
-        print(f"{text}   top-k: {gain:.1f}x less")
-        settings.append(line | {"topk_gain": round(gain, 2)})
-    result["settings"] = settings
-
-    print(f"\n{'rows':>6} {'vocab':>7} " + "".join(f" {t + ' ms':>11}" for t in TYPES))
-    for rows, vocab_size in ((256, 512), (64, 8192)) if arguments.quick else ((2560, 512), (512, 32_000)):
-        times = {t: milliseconds(t, rows, vocab_size, 20, 3 if arguments.quick else 9) for t in TYPES}
-        print(f"{rows:6d} {vocab_size:7d} " + "".join(f" {times[t]:11.2f}" for t in TYPES))
-        result |= {f"{t}_ms_{rows}x{vocab_size}": round(times[t], 3) for t in TYPES}
+    width, tokens, vocab_size = arguments.width, arguments.tokens, arguments.vocab
+    if arguments.quick:
+        width, tokens, vocab_size = 256, 2048, 32_000
+    if arguments.way:
+        print(json.dumps(measure(arguments.way, width, tokens, vocab_size)))
+        return
+    result: dict[str, object] = {"bench": "loss_cost", "width": width, "tokens": tokens, "vocab_size": vocab_size}
+    print(f"width {width}, {tokens} tokens, vocabulary {vocab_size}\n\n{'':18}{'seconds':>9}{'extra MiB':>11}")
+    sizes = ["--width", str(width), "--tokens", str(tokens), "--vocab", str(vocab_size)]
+    for way in WAYS:
+        command = [sys.executable, "-m", "bench.loss_cost", "--way", way, *sizes]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        found = json.loads(output.splitlines()[-1])
+        print(f"{way:18}{found['seconds']:9.2f}{found['extra_mib']:11.0f}")
+        result[way] = found
     print(json.dumps(result))
 
 

@@ -6,6 +6,7 @@ V vocabulary. The trainer is blind to text: it sees ids, masks and numbers.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -99,6 +100,21 @@ class Batch(Inputs):
     @property
     def num_trained(self) -> int:
         return int(self.targets_N.numel())
+
+    def rows(self, start: int, end: int, device: torch.device | None = None) -> Batch:
+        """Rows [start, end) of all that is said by row; the inputs stay.
+
+        Args:
+            device: where these rows are to lie.
+        """
+        if start == 0 and end >= self.num_trained and device in (None, self.targets_N.device):
+            return self
+        changes = {
+            f.name: value[start:end].to(device=device)
+            for f in dataclasses.fields(self)
+            if f.name.endswith(("_N", "_NK")) and (value := getattr(self, f.name)) is not None
+        }
+        return dataclasses.replace(self, **changes)
 
 
 @dataclass(slots=True, kw_only=True)
