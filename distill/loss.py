@@ -9,6 +9,7 @@ rewards and r = min(exp(s - b), rho) (without gradient), the loss of a row is
 
 and the loss is the sum over rows divided by the trained tokens of the whole step. On policy, the expected gradient of
 all three is the gradient of KL(student || teacher) at the visited positions, exactly; they differ in variance.
+`advantage_clip` bounds t - s in the first two, and `turn_balance` gives the rows weights other than 1.
 """
 
 from __future__ import annotations
@@ -87,27 +88,31 @@ def row_losses(student: StudentRows, batch: Batch, config: LossConfig) -> tuple[
 
     Returns:
         The losses, and per row, without gradient: `teacher_kl` (s - t), `k2`, `k3`, `entropy`, `ratio` (r), `clipped`
-        (1 where the cap acted), `mismatch` (s - b). In nats.
+        (1 where the cap acted), `mismatch` (s - b), and with `advantage_clip` `advantage_clipped`. In nats.
     """
     s_N = student.s_N
     t_N, b_N = batch.teacher_logprobs_N.to(s_N), batch.sampling_logprobs_N.to(s_N)
     with torch.no_grad():
         raw_ratio_N = (s_N - b_N).exp()
         r_N = raw_ratio_N.clamp(max=config.rho)
+    clip = float("inf") if config.advantage_clip is None else config.advantage_clip
     if config.type == "sampled":
-        teacher_N = -r_N * (t_N - s_N).detach() * s_N
+        teacher_N = -r_N * (t_N - s_N).detach().clamp(-clip, clip) * s_N
     elif config.type == "topk":
-        teacher_N = _topk_rows(student, t_N, r_N, batch)
+        teacher_N = _topk_rows(student, t_N, r_N, batch, clip)
     else:
         assert student.kl_N is not None
         teacher_N = student.kl_N
     rows_N = config.teacher_tau * teacher_N
     if config.adv_tau:
         rows_N = rows_N - r_N * config.adv_tau * batch.advantages_N.to(s_N) * s_N
-    return rows_N, _row_metrics(student, t_N, b_N, raw_ratio_N, config.rho)
+    metrics_N = _row_metrics(student, t_N, b_N, raw_ratio_N, config.rho)
+    if config.advantage_clip is not None:
+        metrics_N["advantage_clipped"] = ((s_N - t_N).detach().abs() > clip).to(s_N.dtype)
+    return batch.weights_N.to(s_N) * rows_N, metrics_N
 
 
-def _topk_rows(student: StudentRows, t_N: torch.Tensor, r_N: torch.Tensor, batch: Batch) -> torch.Tensor:
+def _topk_rows(student: StudentRows, t_N: torch.Tensor, r_N: torch.Tensor, batch: Batch, clip: float) -> torch.Tensor:
     """With d_v = log p_student(v) - log p_teacher(v) and any baseline c that does not depend on the sampled token,
 
         grad KL = sum_{v in K} (d_v - c) grad p_student(v)  +  E_y 1[y not in K] (d_y - c) grad log p_student(y)
@@ -121,14 +126,14 @@ def _topk_rows(student: StudentRows, t_N: torch.Tensor, r_N: torch.Tensor, batch
     s_N, student_NK = student.s_N, student.candidates_NK
     teacher_NK = batch.topk_logprobs_NK.to(s_N)
     p_NK = student_NK.exp()
-    d_NK = (student_NK - teacher_NK).detach()
+    d_NK = (student_NK - teacher_NK).detach().clamp(-clip, clip)
     with torch.no_grad():
         tail_N = 1 - p_NK.sum(-1).clamp(max=MAX_HEAD_MASS)
         teacher_tail_N = 1 - teacher_NK.exp().sum(-1).clamp(max=MAX_HEAD_MASS)
         c_N = (p_NK * d_NK).sum(-1) + tail_N * (tail_N.log() - teacher_tail_N.log())
         in_tail_N = ~(batch.topk_ids_NK == batch.targets_N[:, None]).any(-1).to(s_N.device)
     head_N = (p_NK * (d_NK - c_N[:, None])).sum(-1)
-    sampled_N = r_N * ((s_N - t_N).detach() - c_N) * s_N
+    sampled_N = r_N * ((s_N - t_N).detach().clamp(-clip, clip) - c_N) * s_N
     return head_N + torch.where(in_tail_N, sampled_N, torch.zeros_like(sampled_N))
 
 
