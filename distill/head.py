@@ -97,7 +97,7 @@ class _HandOut(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("head_loss: its gradients were handed out by an earlier backward pass")
         gradients, ctx.gradients = ctx.gradients, None
-        if float(gradient) != 1:
+        if float(gradient) != 1:  # one pass over the head's gradient less
             for g in gradients:
                 if g is not None:
                     g.mul_(gradient)
@@ -195,8 +195,9 @@ class _Walk:
         else:
             step = max(1, WEIGHT_CHUNK // features_NH.shape[1])
             for sums_CH, gradient_NC in zip(self._dweight_VH.split(step), gradient_NV.split(step, 1), strict=True):
-                product_CH = gradient_NC.T @ features_NH
-                _ = sums_CH.copy_(product_CH) if start == 0 else sums_CH.add_(product_CH)
+                if start == 0:
+                    sums_CH.zero_()
+                sums_CH += gradient_NC.T @ features_NH
 
     def gradients(self) -> tuple[torch.Tensor | None, ...]:
         """Of features, weight and bias, in their format; None where not wanted."""
