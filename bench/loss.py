@@ -12,7 +12,8 @@ One eighth of the positions is trained, in runs as turns of an episode are.
 Memory is the peak above what holds weight and hidden states, each way in a process of its own: on a CPU resident
 memory, on a GPU what torch allocated. The head's own gradient is in it; `memory_ratio_vs_full_logits` leaves it out.
 Times are taken by turns in one process, and their ratios are medians over rounds: other work on the machine slows all
-ways alike. Only that of full logits is of their first and only run. TFLOP/s count the three products of the trained rows; `share` is that of one large matrix product here.
+ways alike. Only that of full logits is of their first and only run. TFLOP/s count the three products of the trained
+rows; `share` is their part of what one large matrix product reaches here.
 
 python -m bench.loss [--width 1024] [--tokens 4096] [--vocab 151936] [--device cpu] [--dtype float32] [--quick]
 """

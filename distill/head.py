@@ -25,7 +25,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from distill.config import LossConfig
-from distill.loss import StudentRows, candidate_ids, check_denominator, row_losses, teacher_rows
+from distill.loss import StudentRows, at_temperature, candidate_ids, check_denominator, row_losses, teacher_rows
 from distill.types import Batch, LossOutput
 
 SLICE_BYTES = {"cpu": 2**28, "cuda": 2**30}
@@ -54,6 +54,7 @@ def head_loss(
     config: LossConfig,
     num_trained_step: int,
     teacher: TeacherOf | None = None,
+    temperature: float = 1.0,
 ) -> LossOutput:
     """`reverse_kl_loss(head(features), ...)`, value and gradient, for a head that is a matrix and nothing else.
 
@@ -64,6 +65,7 @@ def head_loss(
         features_NH: in the format of the head's weight.
         num_trained_step: trained tokens of the whole step, over all micro-batches and ranks: the denominator.
         teacher: for `full`.
+        temperature: as `reverse_kl_loss`.
 
     Returns:
         As `reverse_kl_loss`; where gradients are off (`torch.no_grad`), the value alone.
@@ -75,7 +77,7 @@ def head_loss(
     inputs = (features_NH, head.weight, head.bias)
     wanted = [torch.is_grad_enabled() and i is not None and i.requires_grad for i in inputs]
     with torch.no_grad():
-        walk = _Walk(features_NH, head, wanted, num_trained_step, config)
+        walk = _Walk(features_NH, head, wanted, config, num_trained_step, temperature)
         rows = batch.rows(0, len(features_NH), features_NH.device)
         for start in range(0, max(1, len(features_NH)), walk.size):
             walk.take(start, rows.rows(start, start + walk.size), teacher)
@@ -108,10 +110,16 @@ class _Walk:
     """What the slices add up to. Runs without autograd, but for the formulas of the rows."""
 
     def __init__(
-        self, features_NH: torch.Tensor, head: nn.Linear, wanted: list[bool], denominator: int, config: LossConfig
+        self,
+        features_NH: torch.Tensor,
+        head: nn.Linear,
+        wanted: list[bool],
+        config: LossConfig,
+        denominator: int,
+        temperature: float,
     ) -> None:
         self._features_NH, self._weight_VH, self._bias_V = features_NH, head.weight, head.bias
-        self._denominator, self._config = denominator, config
+        self._config, self._denominator, self._temperature = config, denominator, temperature
         count, vocab_size, device = len(features_NH), len(head.weight), features_NH.device
         self.size = slice_rows(count, vocab_size, device)
         wide = torch.float64 if features_NH.dtype == torch.float64 else torch.float32
@@ -145,6 +153,7 @@ class _Walk:
         ids_NK = candidate_ids(batch, self._config)
         s_N = logprobs_NV.gather(-1, batch.targets_N[:, None]).squeeze(-1)
         candidates_NK = None if ids_NK is None else logprobs_NV.gather(-1, ids_NK)
+        tempered_N = at_temperature(logprobs_NV, batch.targets_N, self._temperature)
         p_NV = torch.exp(logprobs_NV, out=logits_NV)
         kl_N = None
         if self._config.type == "full":
@@ -155,7 +164,9 @@ class _Walk:
             entropy_N = -logprobs_NV.mul_(p_NV).sum(-1)  # in place; `vecdot` makes a third block
 
         leaves = [leaf.requires_grad_() for leaf in (s_N, candidates_NK, kl_N) if leaf is not None]
-        student = StudentRows(s_N=s_N, candidates_NK=candidates_NK, kl_N=kl_N, entropy_N=entropy_N)
+        student = StudentRows(
+            s_N=s_N, candidates_NK=candidates_NK, kl_N=kl_N, entropy_N=entropy_N, tempered_N=tempered_N
+        )
         with torch.enable_grad():
             rows_N, metrics_N = row_losses(student, batch, self._config)
             loss = rows_N.sum() / self._denominator

@@ -27,7 +27,7 @@ MAX_HEAD_MASS = 1 - 1e-6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudentRows:
-    """All that a loss reads of the student's distributions; with gradient, but for the entropy."""
+    """All that a loss reads of the student's distributions; the last two without gradient, for metrics."""
 
     s_N: torch.Tensor
     """log p_student of the target."""
@@ -36,6 +36,8 @@ class StudentRows:
     kl_N: torch.Tensor | None = None
     """The exact reverse KL, for `full`."""
     entropy_N: torch.Tensor
+    tempered_N: torch.Tensor
+    """log p_student of the target at the sampling temperature; `s_N` where that is 1."""
 
 
 def reverse_kl_loss(
@@ -44,6 +46,7 @@ def reverse_kl_loss(
     config: LossConfig,
     num_trained_step: int,
     teacher_logprobs_NV: torch.Tensor | None = None,
+    temperature: float = 1.0,
 ) -> LossOutput:
     """The loss of some trained rows, of their logits. `distill/head.py` has it of their features.
 
@@ -53,6 +56,8 @@ def reverse_kl_loss(
         batch: of the rows only the `*_N` and `*_NK` tensors are read; they follow the device of `logits_NV`.
         num_trained_step: trained tokens of the whole step, over all micro-batches and ranks: the denominator.
         teacher_logprobs_NV: log-softmax of a teacher in this process, for `full`.
+        temperature: that the targets were sampled at. It enters `mismatch` alone; the policy that is trained is that
+            of temperature 1, whatever sampled.
 
     Returns:
         The loss, and per row the numbers of `row_losses`.
@@ -71,13 +76,16 @@ def reverse_kl_loss(
     if config.type == "full":
         difference_NV = logprobs_NV - teacher_rows(teacher_logprobs_NV, logprobs_NV)
         kl_N = (logprobs_NV.exp() * difference_NV).sum(-1)
+    targets_N = batch.targets_N.to(logprobs_NV.device)
     with torch.no_grad():
         entropy_N = -(logprobs_NV.exp() * logprobs_NV).sum(-1)
+        tempered_N = at_temperature(logprobs_NV, targets_N, temperature)
     student = StudentRows(
-        s_N=logprobs_NV.gather(-1, batch.targets_N.to(logprobs_NV.device)[:, None]).squeeze(-1),
+        s_N=logprobs_NV.gather(-1, targets_N[:, None]).squeeze(-1),
         candidates_NK=None if ids_NK is None else logprobs_NV.gather(-1, ids_NK.to(logprobs_NV.device)),
         kl_N=kl_N,
         entropy_N=entropy_N,
+        tempered_N=tempered_N,
     )
     rows_N, metrics_N = row_losses(student, batch, config)
     return LossOutput(loss=rows_N.sum() / num_trained_step, metrics_N=metrics_N)
@@ -87,8 +95,9 @@ def row_losses(student: StudentRows, batch: Batch, config: LossConfig) -> tuple[
     """[N] losses, each of its own row alone and not yet divided by anything.
 
     Returns:
-        The losses, and per row, without gradient: `teacher_kl` (s - t), `k2`, `k3`, `entropy`, `ratio` (r), `clipped`
-        (1 where the cap acted), `mismatch` (s - b), and with `advantage_clip` `advantage_clipped`. In nats.
+        The losses, and per row, without gradient and in nats: `teacher_kl` (s - t), `k2`, `k3`, `entropy`, `ratio` (r),
+        `clipped` (1 where the cap acted), `mismatch` (s at the sampling temperature - b), and with `advantage_clip`
+        `advantage_clipped` (1 where it acted).
     """
     s_N = student.s_N
     t_N, b_N = batch.teacher_logprobs_N.to(s_N), batch.sampling_logprobs_N.to(s_N)
@@ -151,8 +160,14 @@ def _row_metrics(
         "entropy": student.entropy_N,
         "ratio": raw_ratio_N.clamp(max=rho),
         "clipped": (raw_ratio_N > rho).to(kl_N.dtype),
-        "mismatch": student.s_N - b_N,
+        "mismatch": student.tempered_N - b_N,
     }
+
+
+def at_temperature(logprobs_NV: torch.Tensor, targets_N: torch.Tensor, temperature: float) -> torch.Tensor:
+    """[N] log-probabilities of the targets if logits are divided by a temperature before the softmax."""
+    s_N = logprobs_NV.gather(-1, targets_N[:, None]).squeeze(-1)
+    return s_N if temperature == 1 else s_N / temperature - (logprobs_NV / temperature).logsumexp(-1)
 
 
 # --- what a loss needs, checked before anything is computed

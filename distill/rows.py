@@ -31,6 +31,8 @@ class Objective:
     """Trained tokens of the whole step, over all micro-batches and ranks: the denominator."""
     teacher: RowModel | None = None
     """Of `loss.type = "full"`."""
+    temperature: float = 1.0
+    """That the targets were sampled at."""
 
 
 class RowModel(nn.Module):
@@ -104,13 +106,15 @@ class RowModel(nn.Module):
         teacher = None if teacher_NH is None else teacher_of
         # Exactly this class: adapters, quantised and sharded layers are others, and multiply in ways of their own.
         if self._plain and type(self._head) is nn.Linear:
-            output = head_loss(features_NH, self._head, batch, config, num_trained, teacher)
+            output = head_loss(features_NH, self._head, batch, config, num_trained, teacher, objective.temperature)
             return output.loss, output.metrics_N
 
         def of_slice(start: int, features_NH: torch.Tensor) -> Rows:
             end = start + len(features_NH)
             teacher_NV = teacher and teacher(start, end)
-            output = reverse_kl_loss(self.head(features_NH), batch.rows(start, end), config, num_trained, teacher_NV)
+            output = reverse_kl_loss(
+                self.head(features_NH), batch.rows(start, end), config, num_trained, teacher_NV, objective.temperature
+            )
             return output.loss, output.metrics_N
 
         size = self._slice_size(len(features_NH))

@@ -62,13 +62,13 @@ def fused(
     def teacher(start: int, end: int) -> torch.Tensor:
         return teacher_NV[start:end]
 
-    return head_loss(features_NH, head, batch, config, 2 * len(features_NH), teacher)
+    return head_loss(features_NH, head, batch, config, 2 * len(features_NH), teacher, 0.7)
 
 
 def plain(
     features_NH: torch.Tensor, head: nn.Linear, batch: Batch, config: LossConfig, teacher_NV: torch.Tensor
 ) -> Any:
-    return reverse_kl_loss(head(features_NH), batch, config, 2 * len(features_NH), teacher_NV)
+    return reverse_kl_loss(head(features_NH), batch, config, 2 * len(features_NH), teacher_NV, 0.7)
 
 
 def gradients(loss: Loss, head: nn.Linear, config: LossConfig) -> tuple[LossOutput, list[torch.Tensor]]:
