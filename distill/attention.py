@@ -20,14 +20,14 @@ from torch.nn import functional
 PACKED = "distill_packed"
 """Name of the function among those of `transformers`."""
 
-_INERT = frozenset({"position_ids", "cache_position", "past_key_values", "cu_seq_lens_k", "max_length_k"})
+_INERT = frozenset({"position_ids", "cache_position", "cu_seq_lens_k", "max_length_k"})
 """What decoders pass on and causal attention does not need. (Keys end where queries end.)"""
 
 _FLASH_HEAD_DIM = 256
 """Widest head of the variable-length kernel."""
 
 
-class NotPlainCausal(Exception):
+class NotPlainCausal(NotImplementedError):
     """A model asks for attention that is more than causal; the message names it."""
 
 
@@ -103,44 +103,55 @@ def packed_attention(
     if cu_seq_lens_q is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        # Its own names: this is a call from outside the trainer, or a padded batch.
+        # A call from outside the trainer, one trace alone, or a padded batch.
         output: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **options
         )
         return output
-    odd = {name for name, value in options.items() if name not in _INERT and value not in (None, False)}
+    odd = {name for name, value in options.items() if name not in _INERT and value is not None and value is not False}
     odd |= {"attention_mask"} if attention_mask is not None else set()
     odd |= {"dropout"} if dropout else set()
     odd |= {"is_causal"} if is_causal is False or not getattr(module, "is_causal", True) else set()
     if odd:
         raise NotPlainCausal(f"its attention has {', '.join(sorted(odd))}")
-    grouped = query.shape[1] != key.shape[1]
     if _has_kernel(query, value):
-        from torch.nn.attention.varlen import varlen_attn
-
-        query_THD, key_THD, value_THD = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         assert max_length_q is not None
-        packed = varlen_attn(
-            query_THD,
-            key_THD,
-            value_THD,
-            cu_seq_lens_q,
-            cu_seq_lens_q,
-            max_length_q,
-            max_length_q,
-            scale=scaling,
-            window_size=(-1, 0),  # causal
-            enable_gqa=grouped,
-        )
-        assert isinstance(packed, Tensor)
-        return packed[None], None
-    lengths = cu_seq_lens_q.diff().tolist()
+        return by_kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling), None
+    return _trace_by_trace(query, key, value, cu_seq_lens_q, scaling), None
+
+
+def by_kernel(
+    query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, longest: int, scaling: float | None
+) -> Tensor:
+    """`packed_attention` in one call of torch's variable-length kernel (GPU, 16 bits)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    query_THD, key_THD, value_THD = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    output = varlen_attn(
+        query_THD,
+        key_THD,
+        value_THD,
+        boundaries,
+        boundaries,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=(-1, 0),  # causal
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(output, Tensor)
+    return output[None]
+
+
+def _trace_by_trace(query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, scaling: float | None) -> Tensor:
+    lengths = boundaries.diff().tolist()
+    grouped = query.shape[1] != key.shape[1]
     parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
     traces = [
         functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
         for q, k, v in parts
     ]
-    return torch.cat([trace.transpose(1, 2) for trace in traces], 1), None
+    return torch.cat([trace.transpose(1, 2) for trace in traces], 1)
 
 
 def _has_kernel(query: Tensor, value: Tensor) -> bool:
