@@ -180,11 +180,7 @@ def test_packing_in_bfloat16() -> None:
     [
         ("Mistral", {"sliding_window": 4096}, "do not see all that came before"),  # longer than the traces of the check
         ("Gemma2", {}, "do not see all that came before"),
-        (
-            "GptOss",
-            {**FULL, "experts_implementation": "eager", "num_local_experts": 4, "num_experts_per_tok": 2},
-            "s_aux",
-        ),
+        ("GptOss", GPT_OSS, "do not see all that came before"),  # and has sinks
         ("Lfm2", {"full_attn_idxs": [1]}, "seen by the next one"),  # a short convolution runs along the row
         ("StableLm", {"head_dim": 8}, "seen by the next one"),  # does not hand boundaries on
         ("Bloom", {"n_head": 2, "n_layer": 2}, "cannot be replaced"),
