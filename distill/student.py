@@ -53,6 +53,7 @@ class Student:
         self.device = self.rows.device
         self.model: Any = model
         self.has_lora = config.student.lora is not None
+        self.is_quantized = bool(getattr(model, "is_quantized", False))
         if config.student.lora is not None:
             self.model = _with_lora(model, config.student.lora)
             _refuse_adapted_ties(model)
@@ -70,7 +71,7 @@ class Student:
 
         Raises:
             OSError: there is no such model, or it has no safetensors.
-            ValueError: adapters cannot be put where `student.lora` wants them.
+            ValueError: adapters cannot be put where `student.lora` wants them, or weights not be quantised here.
         """
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -79,7 +80,11 @@ class Student:
         options: dict[str, Any] = {"trust_remote_code": False}
         if config.student.revision is not None and not Path(path).is_dir():
             options["revision"] = config.student.revision
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **options).to(device)
+        if config.student.lora is not None and config.student.lora.quantization == "nf4":
+            options |= {"quantization_config": _nf4(dtype, device), "device_map": {"": device}}
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **options)
+        if "device_map" not in options:
+            model = model.to(device)
         has_tokenizer = not Path(path).is_dir() or any(Path(path).glob("tokenizer*"))
         tokenizer = AutoTokenizer.from_pretrained(path, **options) if has_tokenizer else None
         return cls(model, config, tokenizer=tokenizer)
@@ -137,7 +142,9 @@ class Student:
             ValueError: a trained token has no score; naming the episode.
         """
         began = time.monotonic()
-        items = items_of(episodes, group_advantages(episodes) if self.config.loss.adv_tau else None)
+        loss_config = self.config.loss
+        advantages = group_advantages(episodes) if loss_config.adv_tau else None
+        items = items_of(episodes, advantages, turn_balance=loss_config.turn_balance)
         num_trained = sum(item.trace.num_trained for item in items)
         if not num_trained:
             raise NumericError(f"step {step}: no trained token in {_names([e.id for e in episodes])}")
@@ -271,17 +278,33 @@ class Student:
 
     def save(self, folder: Path) -> None:
         """Write `model/` (opens with `from_pretrained`), `optimizer.safetensors` and, with LoRA, the unmerged
-        `adapter.safetensors`."""
-        model = self.serving_copy() if self.has_lora else self.model
-        model.save_pretrained(folder / "model")
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(folder / "model")
+        `adapter.safetensors`. Of a quantised model, which merging would round, the adapters alone."""
+        if not self.is_quantized:
+            model = self.serving_copy() if self.has_lora else self.model
+            model.save_pretrained(folder / "model")
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(folder / "model")
         save_file(_contiguous(self.optimizer.state()), folder / "optimizer.safetensors")
         if self.has_lora:
             save_file(_contiguous(self.parameters), folder / "adapter.safetensors")
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue as if the run had never stopped: weights, optimiser, random number generators.
+
+        Raises:
+            CheckpointError: it belongs to another model or another `student` configuration.
+        """
+        from distill.checkpoint import CheckpointError
+
+        self.restore_weights(checkpoint)
+        try:
+            self.optimizer.load_state(load_file(checkpoint.path / "optimizer.safetensors"))
+        except (ValueError, OSError) as error:
+            raise CheckpointError(f"{checkpoint.path} does not fit this student: {error}") from error
+        checkpoint.restore_rng()
+
+    def restore_weights(self, checkpoint: Checkpoint) -> None:
+        """The weights alone: nothing to train on with.
 
         Raises:
             CheckpointError: it belongs to another model or another `student` configuration.
@@ -300,10 +323,8 @@ class Student:
                 )
                 _same_shapes(saved.state_dict(), self._causal_lm.state_dict())
                 self._causal_lm.load_state_dict(saved.state_dict())
-            self.optimizer.load_state(load_file(checkpoint.path / "optimizer.safetensors"))
         except (ValueError, RuntimeError, OSError) as error:
             raise CheckpointError(f"{checkpoint.path} does not fit this student: {error}") from error
-        checkpoint.restore_rng()
 
     @torch.no_grad()
     def _load_adapter(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -317,6 +338,24 @@ def _dtype(name: str, device: str) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if device == "cuda" else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def _nf4(dtype: torch.dtype, device: str) -> Any:
+    """4-bit normal floats with doubly quantised scales: QLoRA, arXiv 2305.14314, section 3."""
+    import importlib.util
+
+    from transformers import BitsAndBytesConfig
+
+    if device != "cuda":  # there, bitsandbytes packs the weights for inference, and gradients stop at them
+        raise ValueError('student.lora.quantization "nf4" needs a GPU; "none" trains the same adapters')
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError("student.lora.quantization \"nf4\" needs bitsandbytes: pip install -e '.[qlora]'")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
 
 
 def _with_lora(model: PreTrainedModel, lora: LoraConfig) -> Any:
