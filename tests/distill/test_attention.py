@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import itertools
 import random
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,10 +19,13 @@ from transformers import PreTrainedModel
 
 from agent_loop.types import Episode
 from distill.attention import by_kernel, packed_attention, row_arguments
-from distill.config import LoraConfig
+from distill.build import build
+from distill.config import LoraConfig, RunConfig
+from distill.console import Console
 from distill.rows import RowModel
 from distill.student import Student
 from distill.types import Inputs
+from tests.runs.conftest import save_model
 
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -215,6 +220,17 @@ def test_a_teacher_that_cannot_be_packed_decides_for_both() -> None:
     student.set_teacher(make_model("Mistral", sliding_window=4))
     assert student.padded_because is not None
     assert student.train_step(make_episodes(3), step=1)["grad_norm"] > 0  # type: ignore[operator]
+
+
+def test_a_run_says_why_it_pads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_model(tmp_path / "plain", seed=1)
+    shutil.copytree(tmp_path / "plain", tmp_path / "window")
+    make_model("Mistral", sliding_window=64, vocab_size=1024).float().save_pretrained(tmp_path / "window")
+    for name, times in (("plain", 0), ("window", 1)):
+        model = {"model": str(tmp_path / name), "dtype": "float32"}
+        config = RunConfig.model_validate({"env": "medbrowse", "student": model, "teacher": model})
+        build(config, Console(), tmp_path / "run")
+        assert capsys.readouterr().err.count("micro-batches are padded, not packed: some of its layers") == times
 
 
 def test_what_serves_has_the_models_own_attention() -> None:
