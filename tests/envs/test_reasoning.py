@@ -141,7 +141,7 @@ def test_rewards_of_a_folder(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "train.jsonl").write_text('{"messages": [{"role": "user", "content": "?"}]}\n')
     (folder / "rewards.py").write_text(
-        "from envs.rewards import reward\n@reward\ndef loud(messages):\n    return float('!' in messages[-1]['content'])\n"
+        "from envs.rewards import reward\n@reward\ndef loud(messages): return float('!' in messages[-1]['content'])\n"
     )
     env = envs.make(str(folder), skip_verification=False)
 

@@ -56,7 +56,7 @@ def test_refusals(expression: str, why: str) -> None:
 
 def test_as_a_tool() -> None:
     box = Toolbox([calculator])
-    calls = [ToolCall(id=str(i), name="calculator", arguments={"expression": e}, raw="") for i, e in enumerate(("2*3", "x"))]
+    calls = [ToolCall(id=e, name="calculator", arguments={"expression": e}, raw="") for e in ("2*3", "x")]
     good, bad = asyncio.run(box.run(calls, metadata={}, state={}))
     assert good.content == "6"
     assert bad.error is not None
