@@ -163,7 +163,7 @@ def test_a_whole_model_has_the_gradients_of_transformers_own_logits(
     """Of every weight; a tied one gets both of its gradients."""
     slices_of(monkeypatch, 5, VOCAB)
     model, teacher = tiny_model(tied=tied).double(), tiny_model(9).double()
-    batch = collate(items_of(make_episodes(4, top_k=K)))
+    batch = collate(items_of(make_episodes(4, top_k=K)), packed=False)
     count, config = batch.num_trained, LossConfig(type=kind)
     teacher_rows = RowModel(teacher.requires_grad_(False)) if kind == "full" else None
     RowModel(model)(batch, Objective(config, count, teacher_rows))[0].backward()
