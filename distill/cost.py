@@ -150,10 +150,10 @@ def cost_lines(lines: Sequence[Mapping[str, Any]]) -> list[str]:
 
     stages = {
         "rollouts": "time/rollout",
-        "scoring after them": "time/score",
         "training": "time/train",
         "publishing": "time/publish",
         "the trainer waited": "idle/trainer",
+        "for scores alone": "idle/trainer_for_scores",
     }
     roles = sorted({name for line in lines for name in line if name.startswith("cost/gpu_s/")})
     known = [f"{role.removeprefix('cost/gpu_s/')} {show(role)}" for role in roles if total(lines, role) is not None]
@@ -208,7 +208,7 @@ TRAINER_SLOW = (
 
 def _slow_source(lines: Sequence[Mapping[str, Any]]) -> str:
     """Why episodes come late: tools, the student's servers or the teacher."""
-    tail, waited = total(lines, "time/score") or 0.0, total(lines, "idle/trainer") or 0.0
+    tail, waited = total(lines, "idle/trainer_for_scores") or 0.0, total(lines, "idle/trainer") or 0.0
     if waited and tail > waited / 2:
         return (
             "Scoring is the slower side: more teacher servers (teacher.server.data_parallel) or a larger "

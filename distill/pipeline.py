@@ -12,6 +12,7 @@ back. So every token of step n is at most `max_staleness` updates older than ver
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -30,8 +31,10 @@ class _Play:
     """A step whose episodes are being played and scored, or are waiting for the trainer."""
 
     task: asyncio.Task[ScoredStep]
-    num_unbegun: int
-    """Episodes that have certainly not begun, given that all slots are theirs."""
+    num_left: int
+    """Episodes that have not ended."""
+    played_at: float | None = None
+    """When the last one ended, by `time.monotonic`; from then on only scores are missing."""
     num_scored: int = 0
     on_episode: Callable[[], None] = lambda: None
 
@@ -78,6 +81,7 @@ class Pipeline:
         Raises:
             Exception: what the rollouts of this step or of a later one raised.
         """
+        asked_at = time.monotonic()
         self._begin_what_may()
         play = self._plays[step]
         for _ in range(play.num_scored):
@@ -91,6 +95,8 @@ class Pipeline:
             await self._changed.wait()
         del self._plays[step]
         scored = play.task.result()
+        if play.played_at is not None:
+            scored.metrics["idle/trainer_for_scores"] = time.monotonic() - max(play.played_at, asked_at)
         scored.metrics |= staleness_metrics(scored.trainable, step - 1)
         if (found := scored.metrics["staleness/max"]) is not None and found > self._max_staleness:
             raise AssertionError(f"step {step} has a token that is {found} updates old: rollouts began too early")
@@ -124,8 +130,10 @@ class Pipeline:
             self._begin(self._begun)
 
     def _all_begun(self) -> bool:
+        """Whoever played an episode took the next one at once: those that are left are in play when they are no more
+        than the slots."""
         play = self._plays.get(self._begun)
-        return play is None or play.num_unbegun <= 0
+        return play is None or play.task.done() or play.num_left <= self._parts.config.rollout.max_concurrent
 
     def _begin(self, step: int) -> None:
         rollout = self._parts.config.rollout
@@ -139,15 +147,16 @@ class Pipeline:
             return scored
 
         task = asyncio.ensure_future(make())
-        play = _Play(task, num_unbegun=len(tasks) * rollout.group_size - rollout.max_concurrent)
-        self._plays[step] = play
-        task.add_done_callback(lambda _: self._ended(play))
+        self._plays[step] = _Play(task, num_left=len(tasks) * rollout.group_size)
+        task.add_done_callback(self._ended)
 
     async def _collect(self, step: int, tasks: Sequence[Task]) -> ScoredStep:
         play = self._plays[step]
 
         def played() -> None:
-            play.num_unbegun -= 1  # who played it takes the next one
+            play.num_left -= 1
+            if not play.num_left:
+                play.played_at = time.monotonic()
             self._begin_what_may()
 
         def scored() -> None:
@@ -173,10 +182,9 @@ class Pipeline:
             return None
         return scored
 
-    def _ended(self, play: _Play) -> None:
-        play.num_unbegun = 0
+    def _ended(self, task: asyncio.Task[ScoredStep]) -> None:
         self._changed.set()
-        if not _failure(play.task):
+        if not _failure(task):
             self._begin_what_may()
 
     def _raise_failure(self) -> None:
