@@ -105,8 +105,8 @@ def line(**values: float) -> dict[str, float]:
     [
         (
             0,
-            line(step=10, waited=5, train=4, publish=1, sampling=3, tools=1),
-            ["at best 2.0x", "trainer is the slower"],
+            line(step=10, waited=4, train=5, publish=1, sampling=3, tools=1),
+            ["at best 1.7x", "trainer is the slower"],
         ),
         (
             0,
