@@ -73,7 +73,7 @@ def served_teacher() -> Iterator[dict[str, Any]]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "distill.serving.embedded", "--model", str(models.resolve(TEACHER))]
-    command += ["--port", str(port), "--served-model-name", "teacher"]
+    command += ["--port", str(port), "--served-model-name", TEACHER]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         for _ in range(600):
@@ -82,7 +82,7 @@ def served_teacher() -> Iterator[dict[str, Any]]:
                 break
             except OSError:
                 time.sleep(0.1)
-        yield {"teacher.base_url": f"http://127.0.0.1:{port}/v1", "teacher.model": "teacher"}
+        yield {"teacher.base_url": f"http://127.0.0.1:{port}/v1"}
     finally:
         process.terminate()
         process.wait()
