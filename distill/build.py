@@ -76,9 +76,9 @@ class Parts:
         on_gpu = self.student.device.type == "cuda"
         return gpus_of(self.config, machine_has_gpu=Machine.this().has_gpu, trainer_gpus=ranks if on_gpu else 0)
 
-    def make_env(self, *, verify: bool) -> ToolEnv:
-        """A fresh environment; a grader is built only with `verify`."""
-        return make_env(self.config, verify=verify)
+    def make_env(self, *, verify: bool, step: int | None = None) -> ToolEnv:
+        """A fresh environment; a grader is built only with `verify`. `step`: of training, for the curriculum."""
+        return make_env(self.config, verify=verify, step=step)
 
     async def start(self, console: Console) -> None:
         """Start the servers and find out how they are best asked.
@@ -132,8 +132,8 @@ class Parts:
             await self.teacher_endpoint.aclose()
 
 
-def make_env(config: RunConfig, *, verify: bool) -> ToolEnv:
-    return envs.make(config.env, limits=config.rollout.limits(), skip_verification=not verify, **config.env_args)
+def make_env(config: RunConfig, *, verify: bool, step: int | None = None) -> ToolEnv:
+    return envs.make(config.env, limits=config.rollout.limits(step), skip_verification=not verify, **config.env_args)
 
 
 def load_tasks(config: RunConfig) -> tuple[list[Task], list[Task]]:
