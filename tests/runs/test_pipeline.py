@@ -25,6 +25,7 @@ from distill.rundir import RunDir
 from distill.step import collect
 from distill.tasks import TaskSource
 from envs.registry import RegistryError
+from tests.conformance.models import token_logprobs
 from tests.fakes.fake_vllm import FakeVllm
 from tests.runs.conftest import Workplace
 from tests.runs.test_faults import vocabulary_size
@@ -49,10 +50,14 @@ async def started(workplace: Workplace, run_id: str, **overrides: Any) -> AsyncI
         run.close("finished")
 
 
-async def train(parts: Parts, pipeline: Pipeline, steps: int) -> list[list[Episode]]:
-    """What `distill.run.train` does, without its records."""
+async def train(
+    parts: Parts, pipeline: Pipeline, steps: int, models: dict[int, Any] | None = None
+) -> list[list[Episode]]:
+    """What `distill.run.train` does, without its records. `models` gets a copy of each version."""
     trained = []
+    models = {} if models is None else models
     for step in range(1, steps + 1):
+        models[step - 1] = parts.student.serving_copy()
         scored = await pipeline.next(step)
         await asyncio.to_thread(parts.student.train_step, scored.trainable, step=step)
         await parts.publish(step)
@@ -92,7 +97,8 @@ async def test_without_staleness_it_is_one_step_after_the_other_id_for_id(workpl
 async def test_no_token_is_older_than_allowed(workplace: Workplace, allowed: int) -> None:
     async with started(workplace, "one", **{"rollout.max_staleness": allowed, "steps": 6}) as (parts, run):
         pipeline = Pipeline(parts, run, TaskSource(parts.train_tasks, seed=0), version=0)
-        trained = await train(parts, pipeline, 6)
+        models: dict[int, Any] = {}
+        trained = await train(parts, pipeline, 6, models)
         await pipeline.aclose()
         source = TaskSource(parts.train_tasks, seed=0)
     oldest = []
@@ -113,8 +119,14 @@ async def test_no_token_is_older_than_allowed(workplace: Workplace, allowed: int
         oldest.append(max(ages))
         assert [e.task.id for e in episodes] == [task.id for task in source.take(3) for _ in range(2)]
     assert max(oldest) == allowed, "it plays ahead as far as it may, and no further"
+    for trace in [t for episodes in trained for e in episodes for t in e.traces]:
+        of_version = {v: token_logprobs(models[v], trace.token_ids) for v in set(trace.policy_versions or []) - {None}}
+        for i, version in enumerate(trace.policy_versions or []):
+            if version is not None:  # no key or value of other weights had a part in it
+                assert trace.sampling_logprobs[i] == pytest.approx(of_version[version][i - 1], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_says_how_old_its_tokens_were_and_what_it_waited_for(workplace: Workplace) -> None:
     done = workplace.run("--run-id", "one", "--rollout.max_staleness", "1", check=True)
     lines = workplace.lines("one")
