@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,9 +18,11 @@ from agent_loop.transport import TransportError
 from distill import models
 from distill.config import RunConfig
 from distill.console import Console
+from distill.cost import Activity, gpus_of
 from distill.endpoints import Endpoint, Place, publisher_for
 from distill.publish import Publisher
 from distill.serving.fleet import Fleet
+from distill.serving.vllm import Machine
 from distill.student import Student
 from distill.teacher import HttpTeacher
 from envs.dataset import read_tasks
@@ -57,12 +59,22 @@ class Parts:
     """A fixed token sequence that server and trainer must agree on after each publication."""
     max_context: int | None
     """Tokens that the student's server takes; None where only the server knows."""
+    slots: asyncio.Semaphore
+    """`rollout.max_concurrent`, over the episodes of all steps and evaluations that are in play at once."""
+    activity: Activity = field(default_factory=Activity)
+    """Seconds in which rollouts and teacher were at work."""
 
     @property
     def fleets(self) -> list[Fleet]:
         """The servers that may go away."""
         endpoints = (self.student_endpoint, self.teacher_endpoint)
         return list({id(e.fleet): e.fleet for e in endpoints if e.fleet is not None}.values())
+
+    def gpus(self) -> dict[str, int | None]:
+        """GPUs by role, for the estimate of what a step costs."""
+        ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        on_gpu = self.student.device.type == "cuda"
+        return gpus_of(self.config, machine_has_gpu=Machine.this().has_gpu, trainer_gpus=ranks if on_gpu else 0)
 
     def make_env(self, *, verify: bool, step: int | None = None) -> ToolEnv:
         """A fresh environment; a grader is built only with `verify`. `step`: of training, for the curriculum."""
@@ -207,6 +219,7 @@ def build(config: RunConfig, console: Console, folder: Path) -> Parts:
         canary=canary,
         max_context=config.student.max_context
         or (student_endpoint.engine.limits.max_model_len if student_endpoint.engine else None),
+        slots=asyncio.Semaphore(config.rollout.max_concurrent),
     )
 
 

@@ -4,7 +4,8 @@
         model/                  opens with `from_pretrained` (weights, configuration, tokenizer; LoRA merged)
         adapter.safetensors     with LoRA: the adapters unmerged
         optimizer.safetensors   moments, and float32 masters of narrower weights
-        state.json              step, cursor into the tasks, states of the random number generators
+        state.json              step, cursor into the tasks, steps that are played and not trained on, states of the
+                                random number generators
         MANIFEST.json           size and SHA-256 of every other file; written last
 
 A checkpoint is built under another name, synced to the disk and renamed. Nothing is pickled.
@@ -18,7 +19,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +48,9 @@ class Checkpoint:
     step: int
     """Optimiser steps made."""
     cursor: int
-    """Tasks taken so far."""
+    """Tasks taken by these steps."""
+    pending: tuple[int, ...] = ()
+    """Later steps whose episodes are all played and scored, in their episode files, and not yet trained on."""
     rng: dict[str, Any]
     """JSON of `rng_state`."""
 
@@ -56,7 +59,9 @@ class Checkpoint:
         set_rng_state(self.rng)
 
 
-def save_checkpoint(folder: Path, step: int, student: Student, *, cursor: int, keep_last: int) -> Path:
+def save_checkpoint(
+    folder: Path, step: int, student: Student, *, cursor: int, keep_last: int, pending: Sequence[int] = ()
+) -> Path:
     """Write `folder/step_<step>`, then delete all but the last `keep_last` checkpoints up to it.
 
     Raises:
@@ -70,7 +75,7 @@ def save_checkpoint(folder: Path, step: int, student: Student, *, cursor: int, k
             shutil.rmtree(leftover)
         building.mkdir()
         student.save(building)
-        state = {"step": step, "cursor": cursor, "rng": rng_state()}
+        state = {"step": step, "cursor": cursor, "pending": list(pending), "rng": rng_state()}
         (building / "state.json").write_text(json.dumps(state), encoding="utf-8")
         files = {path.relative_to(building).as_posix(): _digest(path) for path in _files(building)}
         for path in _files(building):
@@ -143,7 +148,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
             raise CheckpointError(f"{file}: is not of this checkpoint (the manifest does not list it)")
     state = _read_json(path / "state.json")
     try:
-        return Checkpoint(path=path, step=state["step"], cursor=state["cursor"], rng=state["rng"])
+        pending = tuple(state.get("pending", ()))  # absent in checkpoints of before these were recorded
+        return Checkpoint(path=path, step=state["step"], cursor=state["cursor"], pending=pending, rng=state["rng"])
     except KeyError as error:
         raise CheckpointError(f"{path / 'state.json'}: has no {error}; was it written by another version?") from None
 

@@ -10,6 +10,7 @@ import asyncio
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,50 +26,54 @@ if TYPE_CHECKING:
 
 async def train(parts: Parts, run: RunDir, console: Console, checkpoint: Checkpoint | None) -> None:
     """The run: check, evaluate, then `steps` times tasks -> episodes -> scores -> update -> publish -> record."""
+    from distill.cost import StepClock
+    from distill.pipeline import Pipeline
     from distill.serving.fleet import ServerLost
-    from distill.step import collect
     from distill.tasks import TaskSource
 
     config = parts.config
     stop = StopFlag()
-    first = checkpoint.step if checkpoint else 0
-    source = TaskSource(parts.train_tasks, seed=config.seed, cursor=checkpoint.cursor if checkpoint else 0)
-    saver = Saver(run, parts, step=first, cursor=source.cursor)
+    first, cursor, pending = (checkpoint.step, checkpoint.cursor, checkpoint.pending) if checkpoint else (0, 0, ())
+    saver = Saver(run, parts, step=first, cursor=cursor)
     await parts.start(console)
     await preflight(parts, console, version=first)
+    source = TaskSource(parts.train_tasks, seed=config.seed, cursor=cursor)
+    pipeline = Pipeline(parts, run, source, version=first, pending=pending, say=console.say)
+    clock = StepClock(parts.activity, parts.gpus())
+    episodes = config.rollout.batch_size * config.rollout.group_size
     try:
         if first == 0 and config.eval.at_start:
             await evaluate_and_record(parts, run, console, step=0)
         for step in range(first + 1, config.steps + 1):
-            began = time.monotonic()
-            tasks = source.take(config.rollout.batch_size)
-            episodes = len(tasks) * config.rollout.group_size
+            clock.start()
             with console.phase(f"step {step}: episodes", episodes, announce=False) as phase:
-                scored = await parts.while_served(collect(parts, run, tasks, step, on_episode=phase.advance))
-            train_began = time.monotonic()
+                scored = await parts.while_served(pipeline.next(step, phase.advance))
+            clock.lap("idle/trainer")
             metrics = scored.metrics | await asyncio.to_thread(parts.student.train_step, scored.trainable, step=step)
-            saver.trained(step, source.cursor)
-            publish_began = time.monotonic()
-            metrics |= {"epoch": source.epoch, "time/train": publish_began - train_began}
+            clock.lap("time/train")
+            saver.trained(step, scored.cursor)
             try:
                 metrics["publish/canary"] = await parts.while_served(parts.publish(step))
+                pipeline.published(step)
             finally:  # the step is made, whatever becomes of its publication
-                now = time.monotonic()
-                metrics |= {"time/publish": now - publish_began, "time/step": now - began, **outages(parts)}
+                clock.lap("time/publish")
+                metrics |= clock.metrics(metrics) | outages(parts)
                 run.append_metrics({"step": step, **metrics})
                 console.step(step, config.steps, metrics)
             last = step == config.steps or stop.asked
             if config.eval.every and step % config.eval.every == 0 and not last:
                 await evaluate_and_record(parts, run, console, step=step)
             if last or step % config.checkpoint.every == 0:
-                saver.save()
+                saver.save(pipeline.pending)
             if stop.asked and step < config.steps:
                 raise Interrupted(f"stopped after step {step}; continue with --resume {run.path}")
         if config.eval.at_end:
             await evaluate_and_record(parts, run, console, step=config.steps)
     except ServerLost:
-        saver.save()
+        saver.save(pipeline.pending)
         raise
+    finally:
+        await pipeline.aclose()
 
 
 class Saver:
@@ -82,13 +87,19 @@ class Saver:
         """The student's weights are those after `step`, and the tasks before `cursor` are used."""
         self._step, self._cursor = step, cursor
 
-    def save(self) -> None:
+    def save(self, pending: Sequence[int]) -> None:
+        """
+        Args:
+            pending: later steps whose episodes are finished (`Pipeline.pending`).
+        """
         from distill.checkpoint import save_checkpoint
 
         if self._step > self._saved:
             keep_last = self._parts.config.checkpoint.keep_last
             folder = self._run.path / "checkpoints"
-            save_checkpoint(folder, self._step, self._parts.student, cursor=self._cursor, keep_last=keep_last)
+            save_checkpoint(
+                folder, self._step, self._parts.student, cursor=self._cursor, keep_last=keep_last, pending=pending
+            )
             self._saved = self._step
 
 
@@ -161,8 +172,9 @@ async def evaluate_and_record(parts: Parts, run: RunDir, console: Console, *, st
         )
 
 
-def finish(run: RunDir, console: Console) -> None:
-    """The table of before and after, the curve, and where to look next."""
+def finish(run: RunDir, console: Console, max_staleness: int) -> None:
+    """The table of before and after, what it cost, the bottleneck, the curve, and where to look next."""
+    from distill.cost import bottleneck, cost_lines
     from distill.report import Evaluation, before_after, plot
     from distill.rundir import read_jsonl
 
@@ -170,6 +182,9 @@ def finish(run: RunDir, console: Console) -> None:
     evals = run.path / "evals.jsonl"
     evaluations = [Evaluation(**line) for line in read_jsonl(evals)] if evals.exists() else []
     console.table("\n" + before_after(evaluations, lines) + "\n")
+    for text in (*cost_lines(lines), bottleneck(lines, max_staleness)):
+        if text is not None:
+            console.say(text)
     console.say(f"curve: {plot(run.path)}")
     console.say(f"read the episodes: python -m agent_loop.view {run.path}")
 
@@ -194,12 +209,12 @@ async def run_training(loaded: LoadedConfig, console: Console, resume: Path | No
         checkpoint = None
         if resume:
             checkpoint = find_latest(path / "checkpoints", report=console.say)
-            run.rewind(checkpoint.step if checkpoint else 0)
+            run.rewind(checkpoint.step if checkpoint else 0, pending=checkpoint.pending if checkpoint else ())
             if checkpoint:
                 parts.student.restore(checkpoint)
                 console.say(f"resuming after step {checkpoint.step}")
         await train(parts, run, console, checkpoint)
-        finish(run, console)
+        finish(run, console, config.rollout.max_staleness)
         status = "finished"
     except (Interrupted, KeyboardInterrupt, asyncio.CancelledError):
         status = "interrupted"

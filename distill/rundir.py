@@ -19,7 +19,7 @@ import platform
 import re
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,17 +88,18 @@ class RunDir:
             out.flush()
             os.fsync(out.fileno())
 
-    def rewind(self, step: int) -> None:
+    def rewind(self, step: int, pending: Collection[int] = ()) -> None:
         """Forget what an interrupted attempt wrote after the checkpoint of `step` steps: its metric lines and its
-        episodes. They are made again, the same."""
+        episodes, but those of the `pending` steps, which are still to be trained on. They are made again."""
         for file in ("metrics.jsonl", "evals.jsonl"):
             path = self.path / file
             if path.exists():
                 kept = [line for line in read_jsonl(path) if int(line["step"]) <= step]
                 write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        kept_files = {self.episodes_file(n).name for n in pending}
         for path in (self.path / "episodes").glob("*.jsonl"):
             found = re.fullmatch(r"(?:step|eval)_(\d+)\.jsonl", path.name)
-            if found and int(found[1]) > step:
+            if found and int(found[1]) > step and path.name not in kept_files:
                 path.unlink()
 
     def episodes_file(self, step: int, kind: str = "step") -> Path:
