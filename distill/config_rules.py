@@ -94,6 +94,12 @@ def problems_of(config: RunConfig) -> Iterator[Problem]:
             ("optim.warmup_steps", "steps"),
             f"is {config.optim.warmup_steps}, more than the run has steps ({config.steps})",
         )
+    if config.checkpoint.keep_every % config.checkpoint.every:
+        yield Problem(
+            ("checkpoint.keep_every", "checkpoint.every"),
+            f"is {config.checkpoint.keep_every}, no multiple of checkpoint.every ({config.checkpoint.every}): most of "
+            "those steps are never saved",
+        )
     for name, base_url, key in (
         ("student", student.base_url, student.api_key_env),
         ("teacher", teacher.base_url, teacher.api_key_env),
