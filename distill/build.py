@@ -99,6 +99,12 @@ class Parts:
         self.policy.policy_version = version
         return difference
 
+    async def forget(self) -> None:
+        """Drop what an embedded student engine has cached, so that the next step does not depend on what was asked
+        before it: a resumed run has other requests behind it than one that was never interrupted."""
+        if self.student_endpoint.engine is not None:
+            await self.student_endpoint.engine.forget()
+
     async def while_served(self, work: Coroutine[Any, Any, T]) -> T:
         """Await `work` as long as its servers can be had.
 

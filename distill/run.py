@@ -196,6 +196,7 @@ async def preflight(parts: Parts, console: Console, *, version: int) -> None:
     scorer = await parts.teacher.probe()
     if parts.teacher_endpoint.fleet is not None:
         console.say(f"teacher scores by: {scorer}")
+    await parts.forget()
 
 
 async def evaluate_and_record(parts: Parts, run: RunDir, console: Console, *, step: int) -> None:
@@ -220,6 +221,7 @@ async def evaluate_and_record(parts: Parts, run: RunDir, console: Console, *, st
         console.say(
             f"{name} at step {step}: success {success:.1%} of {count}" if success is not None else f"{name}: no grader"
         )
+    await parts.forget()
 
 
 def finish(run: RunDir, console: Console) -> None:
