@@ -213,3 +213,18 @@ def jumping_clock() -> None:
         return real() - 3600.0 * reads
 
     time.time = jumping
+
+
+def shorten_when_opened(trigger: Path, opening: int, file: Path) -> None:
+    """At the `opening`-th time that `trigger` is opened, `file` loses its last line, as if somebody edited it."""
+    count = 0
+
+    def hook(event: str, details: tuple[Any, ...]) -> None:
+        nonlocal count
+        if event == "open" and _touches(event, details, trigger.parent) and os.path.abspath(details[0]) == str(trigger):
+            count += 1
+            if count == opening:
+                kept = file.read_text().splitlines(keepends=True)[:-1]
+                file.write_text("".join(kept))
+
+    sys.addaudithook(hook)
