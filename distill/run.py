@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 STOP_GRACE_S = 15.0
-"""Seconds that the episodes of the step in hand still get when the run is asked to stop: with what publishing and saving
-take, it has ended within 30 s, which is what schedulers give a process."""
+"""Seconds that the episodes of the step in hand still get when the run is asked to stop. With what publishing and
+saving take, it has ended within 30 s, which is what schedulers give a process."""
 UNWIND_S = 1.5
 """Seconds for closing everything after the second signal."""
 

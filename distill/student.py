@@ -231,8 +231,8 @@ class Student:
             ways.append("a new run with [student.lora]")
         ways.append("a smaller rollout.max_episode_tokens in a new run")
         return (
-            f"step {step}: out of memory on {self.device}; the longest trace has {longest} tokens. The step was dropped "
-            f"whole, the weights are unchanged. What helps: {'; '.join(ways)}."
+            f"step {step}: out of memory on {self.device}; the longest trace has {longest} tokens. The step was "
+            f"dropped whole, the weights are unchanged. What helps: {'; '.join(ways)}."
         )
 
     def _refuse_no_op(self, rows: StepRows, grad_norm: float, step: int) -> None:

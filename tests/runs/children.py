@@ -37,9 +37,11 @@ def context() -> ForkServerContext:
     return made
 
 
-def start(folder: Path, *flags: str, prepare: Prepare | None = None, arguments: tuple[Any, ...] = ()) -> ForkServerProcess:
-    """`python -m distill.run --config run.toml FLAGS` in `folder`, in a process of its own; stderr goes to `stderr.txt`.
-    With `--resume` the run has a configuration: no file is named.
+def start(
+    folder: Path, *flags: str, prepare: Prepare | None = None, arguments: tuple[Any, ...] = ()
+) -> ForkServerProcess:
+    """`python -m distill.run --config run.toml FLAGS` in `folder`, in a process of its own; stderr goes to
+    `stderr.txt`. With `--resume` the run has a configuration: no file is named.
 
     Args:
         prepare: a function of this module, called in the child with `arguments` before the run.
@@ -204,7 +206,8 @@ def out_of_memory(step: int) -> None:
 
 
 def jumping_clock() -> None:
-    """The wall clock goes back an hour each time that it is read, as after a bad NTP answer; the monotonic one stays."""
+    """The wall clock goes back an hour each time that it is read,
+    as after a bad NTP answer; the monotonic one does not."""
     real, reads = time.time, 0
 
     def jumping() -> float:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.runs import children
-from tests.runs.conftest import Workplace, make_workplace
+from tests.runs.conftest import make_workplace
 
 TIMED = ("time/", "tokens_per_s/")
 """Metrics that say how long something took."""
@@ -32,7 +30,9 @@ def final_state(run: Path) -> dict[str, Any]:
     return {
         "checkpoints": sorted(p.name for p in (run / "checkpoints").iterdir()),
         "files": {str(p.relative_to(last)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files},
-        "metrics": [{k: v for k, v in line.items() if not k.startswith(TIMED)} for line in lines(run / "metrics.jsonl")],
+        "metrics": [
+            {k: v for k, v in line.items() if not k.startswith(TIMED)} for line in lines(run / "metrics.jsonl")
+        ],
         "evals": lines(run / "evals.jsonl"),
         "episodes": {p.name: [untimed(e) for e in lines(p)] for p in (run / "episodes").iterdir()},
     }

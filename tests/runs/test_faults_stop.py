@@ -70,7 +70,7 @@ def test_f02_one_signal_saves_the_step_in_hand(workplace: Workplace, number: sig
 @contextmanager
 def stalled(make: Callable[..., Workplace], models: Path) -> Iterator[tuple[Workplace, Path, Any]]:
     """A run whose teacher answers two steps and then holds every request: it stands in the middle of step 3."""
-    with FakeVllm(model="teacher", vocab_size=vocabulary_size(models)) as server:
+    with FakeVllm(model=str(models / "teacher"), vocab_size=vocabulary_size(models)) as server:
         workplace = make(**{"teacher.base_url": f'"{server.base_url}"', "checkpoint.every": "100"})
         run = workplace.path / "runs" / "one"
         process = children.start(workplace.path, "--run-id", "one", "--steps", "500", *SKIP)
@@ -122,7 +122,7 @@ def test_f02_a_signal_before_the_first_step_leaves_nothing_running(
 ) -> None:
     """The checks are waiting for a server; a process of its own, which would hand its mark on to its children."""
     monkeypatch.setenv("FAULT_MARK", "f02")
-    with FakeVllm(model="teacher", vocab_size=vocabulary_size(models)) as server:
+    with FakeVllm(model=str(models / "teacher"), vocab_size=vocabulary_size(models)) as server:
         server.fault_after(0, "stall")
         workplace = make(**{"teacher.base_url": f'"{server.base_url}"'})
         process = workplace.start("--run-id", "one", *SKIP)
