@@ -1,7 +1,8 @@
-"""From scored episodes to padded tensors. `collate` is the only place that shifts by one."""
+"""From scored episodes to tensors. `collate` is the only place that shifts by one."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,6 +25,10 @@ class TrainItem:
     trace_index: int
     advantage: float = 0.0
     """Of the episode; multiplied by `adv_tau`."""
+    turn_balance: float = 0.0
+    """`loss.turn_balance`."""
+    mean_turn: float = 1.0
+    """Trained tokens of a turn, mean over the turns of the step that have any; read with `turn_balance` alone."""
 
     @property
     def trace(self) -> TokenTrace:
@@ -40,19 +45,34 @@ class TrainItem:
         return f"episode {self.episode.id!r}, trace {self.trace_index}"
 
 
-def items_of(episodes: Sequence[Episode], advantages: Sequence[float] | None = None) -> list[TrainItem]:
+def items_of(
+    episodes: Sequence[Episode], advantages: Sequence[float] | None = None, *, turn_balance: float = 0.0
+) -> list[TrainItem]:
     """The traces that have something to train on, in order. `advantages`: one an episode; zeros if not given."""
+    trained = [
+        (i, k) for i, episode in enumerate(episodes) for k, trace in enumerate(episode.traces) if any(trace.loss_mask)
+    ]
+    counts = [c for i, k in trained if turn_balance for c in _tokens_by_turn(episodes[i].traces[k]).values()]
     return [
         TrainItem(
             episode_index=i,
-            episode=episode,
+            episode=episodes[i],
             trace_index=k,
             advantage=0.0 if advantages is None else advantages[i],
+            turn_balance=turn_balance,
+            mean_turn=sum(counts) / len(counts) if counts else 1.0,
         )
-        for i, episode in enumerate(episodes)
-        for k, trace in enumerate(episode.traces)
-        if any(trace.loss_mask)
+        for i, k in trained
     ]
+
+
+def _tokens_by_turn(trace: TokenTrace) -> Counter[int]:
+    """Trained tokens of each turn that has any."""
+    counts: Counter[int] = Counter()
+    for segment in trace.segments:
+        if segment.source is SegmentSource.ASSISTANT and (count := sum(trace.loss_mask[segment.start : segment.end])):
+            counts[segment.turn] += count
+    return counts
 
 
 def group_advantages(episodes: Sequence[Episode]) -> list[float]:
@@ -73,19 +93,27 @@ def group_advantages(episodes: Sequence[Episode]) -> list[float]:
     return [(e.reward or 0.0) - means[e.task.id] for e in episodes]
 
 
-def split_micro_batches(items: Sequence[TrainItem], max_tokens: int) -> list[list[TrainItem]]:
-    """Group traces of like length, so that a padded group has at most `max_tokens` inputs; a longer trace goes alone.
+def split_micro_batches(items: Sequence[TrainItem], max_tokens: int, *, packed: bool) -> list[list[TrainItem]]:
+    """Group traces so that a forward pass has at most `max_tokens` inputs, padding included; a longer trace goes alone.
 
     The split changes speed and memory, no result: the denominator of the loss is the whole step's.
+
+    Args:
+        packed: traces lie end to end, so a group takes what fits (longest first, into the first group with room);
+            else each takes as much as the longest, so groups are of like length.
     """
     groups: list[list[TrainItem]] = []
-    widest = 0
+    tokens: list[int] = []
     for length, item in sorted(((item.num_inputs, item) for item in items), key=lambda pair: -pair[0]):
-        if groups and widest * (len(groups[-1]) + 1) <= max_tokens:
-            groups[-1].append(item)
+        for i in range(0 if packed else max(0, len(groups) - 1), len(groups)):
+            more = length if packed else groups[i][0].num_inputs
+            if tokens[i] + more <= max_tokens:
+                groups[i].append(item)
+                tokens[i] += more
+                break
         else:
             groups.append([item])
-            widest = length
+            tokens.append(length)
     return groups
 
 
@@ -102,10 +130,13 @@ class _Rows:
     teacher: np.ndarray
     turns: np.ndarray
     classes: np.ndarray
+    weights: np.ndarray
+    """1, or with `turn_balance` more in turns of few tokens."""
 
 
-def collate(items: Sequence[TrainItem]) -> Batch:
-    """Pad traces on the right and gather their trained rows, trace by trace in order.
+def collate(items: Sequence[TrainItem], *, packed: bool) -> Batch:
+    """Lay traces end to end (`packed`) or pad them on the right, and gather their trained rows, trace by trace in
+    order.
 
     Raises:
         ValueError: no items; a trained token without a teacher or sampling score, at position 0, or, where one trace
@@ -114,11 +145,18 @@ def collate(items: Sequence[TrainItem]) -> Batch:
     if not items:
         raise ValueError("collate: no traces")
     rows = [_rows_of(item) for item in items]
-    lengths = [len(row.input_ids) for row in rows]
+    lengths = np.array([len(row.input_ids) for row in rows])
     counts = [len(row.positions) for row in rows]
-    inputs = np.zeros((len(rows), max(lengths)), dtype=np.int64)
-    for i, row in enumerate(rows):
-        inputs[i, : lengths[i]] = row.input_ids
+    if packed:
+        inputs = np.concatenate([row.input_ids for row in rows])[None]
+        sequences = np.zeros(len(rows), dtype=np.int64)
+        offsets = lengths.cumsum() - lengths
+    else:
+        inputs = np.zeros((len(rows), max(lengths)), dtype=np.int64)
+        for i, row in enumerate(rows):
+            inputs[i, : lengths[i]] = row.input_ids
+        sequences = np.arange(len(rows))
+        offsets = np.zeros(len(rows), dtype=np.int64)
 
     def joined(name: str) -> torch.Tensor:
         return torch.from_numpy(np.concatenate([getattr(row, name) for row in rows]))
@@ -126,13 +164,15 @@ def collate(items: Sequence[TrainItem]) -> Batch:
     topk_ids, topk_logprobs = _topk_of(items, rows)
     return Batch(
         input_ids_BT=torch.from_numpy(inputs),
-        lengths_B=torch.tensor(lengths),
-        seq_N=torch.from_numpy(np.repeat(np.arange(len(rows)), counts)),
-        pos_N=joined("positions") - 1,  # the row that predicts token i stands at i - 1
+        boundaries=torch.from_numpy(np.append(0, lengths.cumsum())) if packed else None,
+        lengths_B=torch.from_numpy(lengths),
+        seq_N=torch.from_numpy(np.repeat(sequences, counts)),
+        pos_N=joined("positions") - 1 + torch.from_numpy(np.repeat(offsets, counts)),  # token i is predicted at i - 1
         targets_N=joined("targets"),
         sampling_logprobs_N=joined("sampling"),
         teacher_logprobs_N=joined("teacher"),
         advantages_N=torch.from_numpy(np.repeat(np.array([i.advantage for i in items], dtype=np.float32), counts)),
+        weights_N=joined("weights"),
         turns_N=joined("turns"),
         classes_N=joined("classes"),
         episodes_N=torch.from_numpy(np.repeat(np.array([i.episode_index for i in items], dtype=np.int64), counts)),
@@ -169,14 +209,22 @@ def _rows_of(item: TrainItem) -> _Rows:
         if turn.trace == item.trace_index and turn.start is not None:
             for span in turn.token_classes:
                 classes[turn.start + span.start : turn.start + span.end] = CLASS_INDEX[span.token_class]
+    turns = turns[positions]
+    weights = np.ones(len(positions), dtype=np.float32)
+    if item.turn_balance:
+        # Turn-balanced, every turn has the weight of one of mean length: over the step, weights sum to the tokens.
+        by_turn = {turn: item.mean_turn / count for turn, count in _tokens_by_turn(trace).items()}
+        balanced = np.array([by_turn[turn] for turn in turns.tolist()], dtype=np.float32)
+        weights += item.turn_balance * (balanced - weights)
     return _Rows(
         input_ids=ids[: positions[-1]],
         positions=positions,
         targets=ids[positions],
         sampling=scores["sampling"],
         teacher=scores["teacher"],
-        turns=turns[positions],
+        turns=turns,
         classes=classes[positions],
+        weights=weights,
     )
 
 

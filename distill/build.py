@@ -72,9 +72,9 @@ class Parts:
         endpoints = (self.student_endpoint, self.teacher_endpoint)
         return list({id(e.fleet): e.fleet for e in endpoints if e.fleet is not None}.values())
 
-    def make_env(self, *, verify: bool) -> ToolEnv:
-        """A fresh environment; a grader is built only with `verify`."""
-        return make_env(self.config, verify=verify)
+    def make_env(self, *, verify: bool, step: int | None = None) -> ToolEnv:
+        """A fresh environment; a grader is built only with `verify`. `step`: of training, for the curriculum."""
+        return make_env(self.config, verify=verify, step=step)
 
     async def start(self, console: Console) -> None:
         """Start the servers and find out how they are best asked.
@@ -135,8 +135,8 @@ class Parts:
             await self.teacher_endpoint.aclose()
 
 
-def make_env(config: RunConfig, *, verify: bool) -> ToolEnv:
-    return envs.make(config.env, limits=config.rollout.limits(), skip_verification=not verify, **config.env_args)
+def make_env(config: RunConfig, *, verify: bool, step: int | None = None) -> ToolEnv:
+    return envs.make(config.env, limits=config.rollout.limits(step), skip_verification=not verify, **config.env_args)
 
 
 def load_tasks(config: RunConfig) -> tuple[list[Task], list[Task]]:
@@ -191,6 +191,8 @@ def build(config: RunConfig, console: Console, folder: Path) -> Parts:
             student.load_teacher(teacher_path)
         except ValueError as error:
             raise BuildError(f"teacher: {error}") from error
+    if student.padded_because is not None:
+        console.say(f"micro-batches are padded, not packed: {student.padded_because}")
     env = make_env(config, verify=False)
     place = Place(config=config, folder=folder, lora_modules=student.adapted_modules)
     student_endpoint = place.student(student, student_path, renderer)

@@ -33,6 +33,7 @@ def exit_code_of(error: BaseException) -> int | None:
     from distill.checkpoint import CheckpointError
     from distill.config_load import ConfigError
     from distill.endpoints import EndpointError
+    from distill.export import ExportError
     from distill.publish import PublishError
     from distill.resume import DataChanged
     from distill.rundir import RunDirError
@@ -46,7 +47,7 @@ def exit_code_of(error: BaseException) -> int | None:
     from tools.pages import PageStoreError
 
     codes: list[tuple[tuple[type[BaseException], ...], int]] = [
-        ((ConfigError, BuildError, EndpointError, RegistryError, RendererError), EXIT_USAGE),
+        ((ConfigError, BuildError, EndpointError, ExportError, RegistryError, RendererError), EXIT_USAGE),
         ((CheckFailed,), EXIT_CHECK),
         ((TaskError, PageStoreError, DataChanged), EXIT_DATA),
         ((OutOfMemory,), EXIT_MEMORY),
