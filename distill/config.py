@@ -323,6 +323,8 @@ class CheckpointConfig(Section):
     """Steps between checkpoints. One is always written after the last step."""
     keep_last: Count = 2
     """Checkpoints kept; older ones are deleted once a newer one is complete."""
+    keep_every: CountOrZero = 0
+    """Checkpoints of every n-th step are never deleted. 0: only the last ones are kept."""
 
 
 class CostConfig(Section):

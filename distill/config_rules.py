@@ -113,6 +113,12 @@ def problems_of(config: RunConfig) -> Iterator[Problem]:
                 (f"cost.{name}_gpus", f"{name}.base_url"),
                 f"counts the GPUs of given servers, but there is no {name}.base_url; those of the run count themselves",
             )
+    if config.checkpoint.keep_every % config.checkpoint.every:
+        yield Problem(
+            ("checkpoint.keep_every", "checkpoint.every"),
+            f"is {config.checkpoint.keep_every}, no multiple of checkpoint.every ({config.checkpoint.every}): most of "
+            "those steps are never saved",
+        )
     for name, base_url, key in (
         ("student", student.base_url, student.api_key_env),
         ("teacher", teacher.base_url, teacher.api_key_env),

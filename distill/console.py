@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Mapping
@@ -101,4 +102,5 @@ class Phase:
 
 def fail(message: str) -> None:
     """An error for a person, on stderr, without colour or markup."""
-    print(f"error: {message}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # a log on a full disk: the exit code still says what happened
+        print(f"error: {message}", file=sys.stderr)

@@ -18,7 +18,7 @@ from distill.build import Parts
 from distill.config import RunConfig
 from distill.endpoints import Endpoint
 from distill.metrics import Metrics, mean, rollout_metrics
-from distill.rundir import RunDir
+from distill.rundir import RunDir, eval_kind
 from distill.types import TeacherError
 from envs.types import StopReason, Task
 
@@ -225,8 +225,7 @@ async def evaluate(
         on_episode=lambda _: on_episode(),
         away_s=endpoint.away_s,
     )
-    kind = "eval" if name == "student" else f"eval_{name}"
-    writer = EpisodeWriter(run.episodes_file(step, kind=kind))
+    writer = EpisodeWriter(run.episodes_file(step, kind=eval_kind(name)))
     for episode in episodes:
         writer.append(episode)
     writer.close()
