@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 import torch
 import transformers
 
-import envs
 from agent_loop.policy import VllmPolicy
 from agent_loop.renderer import Renderer, load_renderer
 from agent_loop.transport import TransportError
@@ -19,7 +18,10 @@ from distill import models
 from distill.config import RunConfig
 from distill.console import Console
 from distill.endpoints import Endpoint, Place, publisher_for
+from distill.environment import make_env
 from distill.publish import Publisher
+from distill.ray_cluster import check_installed
+from distill.ray_workers import RayWorkers
 from distill.serving.fleet import Fleet
 from distill.student import Student
 from distill.teacher import HttpTeacher
@@ -57,6 +59,8 @@ class Parts:
     """A fixed token sequence that server and trainer must agree on after each publication."""
     max_context: int | None
     """Tokens that the student's server takes; None where only the server knows."""
+    workers: RayWorkers | None = None
+    """Where episodes are played; None: in this process."""
 
     @property
     def fleets(self) -> list[Fleet]:
@@ -69,12 +73,16 @@ class Parts:
         return make_env(self.config, verify=verify)
 
     async def start(self, console: Console) -> None:
-        """Start the servers and find out how they are best asked.
+        """Start the workers and the servers, and find out how these are best asked.
 
         Raises:
+            WorkersError: a worker cannot play the run's environment.
             LaunchError: a server did not start; with the end of its log.
             PolicyError: the student's does not answer.
         """
+        if self.workers is not None:
+            console.say(f"rollouts: {self.workers.plan()}")
+            await self.workers.start()
         for fleet in self.fleets:
             console.say(f"{fleet.name}: {fleet.plan()}")
         await asyncio.gather(*(fleet.start() for fleet in self.fleets))
@@ -112,16 +120,14 @@ class Parts:
         return task.result()
 
     async def aclose(self) -> None:
+        if self.workers is not None:
+            await self.workers.aclose()
         await self.publisher.aclose()
         await self.policy.aclose()
         await self.teacher.aclose()
         await self.student_endpoint.aclose()
         if self.teacher_endpoint.transport is not self.student_endpoint.transport:
             await self.teacher_endpoint.aclose()
-
-
-def make_env(config: RunConfig, *, verify: bool) -> ToolEnv:
-    return envs.make(config.env, limits=config.rollout.limits(), skip_verification=not verify, **config.env_args)
 
 
 def load_tasks(config: RunConfig) -> tuple[list[Task], list[Task]]:
@@ -151,8 +157,9 @@ def build(config: RunConfig, console: Console, folder: Path) -> Parts:
         folder: of the run: servers' logs and published weights go there.
 
     Raises:
-        BuildError, ConfigError, TaskError: what is wrong, before anything is trained.
+        BuildError, ConfigError, TaskError, WorkersError: what is wrong, before anything is trained.
     """
+    check_installed(config)
     torch.manual_seed(config.seed)
     transformers.utils.logging.disable_progress_bar()
     train_tasks, eval_tasks = load_tasks(config)
@@ -203,6 +210,9 @@ def build(config: RunConfig, console: Console, folder: Path) -> Parts:
         eval_tasks=eval_tasks,
         tool_specs=env.tool_specs,
         canary=canary,
+        workers=RayWorkers(config, student_path, renderer.fingerprint, logs=folder / "logs" / "ray")
+        if config.rollout.executor == "ray"
+        else None,
         max_context=config.student.max_context
         or (student_endpoint.engine.limits.max_model_len if student_endpoint.engine else None),
     )

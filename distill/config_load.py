@@ -39,6 +39,8 @@ CHANGEABLE_ON_RESUME = (
     "checkpoint",
     "check",
     "rollout.max_concurrent",
+    "rollout.executor",
+    "rollout.ray",
     "student.base_url",
     "student.server",
     "student.weight_sync",

@@ -33,6 +33,7 @@ def exit_code_of(error: BaseException) -> int | None:
     from distill.config_load import ConfigError
     from distill.endpoints import EndpointError
     from distill.publish import PublishError
+    from distill.ray_cluster import WorkersError
     from distill.rundir import RunDirError
     from distill.serving.fleet import ServerLost
     from distill.serving.vllm import LaunchError
@@ -44,7 +45,7 @@ def exit_code_of(error: BaseException) -> int | None:
     from tools.pages import PageStoreError
 
     codes: list[tuple[tuple[type[BaseException], ...], int]] = [
-        ((ConfigError, BuildError, EndpointError, RegistryError, RendererError), EXIT_USAGE),
+        ((ConfigError, BuildError, EndpointError, WorkersError, RegistryError, RendererError), EXIT_USAGE),
         ((CheckFailed,), EXIT_CHECK),
         ((TaskError, PageStoreError), EXIT_DATA),
         ((ServerLost,), EXIT_OUTAGE),

@@ -84,14 +84,8 @@ async def collect(
 
     began = time.monotonic()
     tokens_before = parts.teacher.num_tokens
-    episodes = await run_episodes(
-        jobs,
-        make_env=lambda: parts.make_env(verify=not config.skip_verification),
-        make_actor=lambda: TokenActor(parts.renderer, parts.policy, sampling_of(parts)),
-        max_concurrent=config.rollout.max_concurrent,
-        on_episode=ended,
-        away_s=parts.student_endpoint.away_s,
-    )
+    verify = not config.skip_verification
+    episodes = await play(parts, jobs, parts.policy, parts.student_endpoint, verify=verify, on_episode=ended)
     played_s = time.monotonic() - began
     await asyncio.gather(*scoring)
     scored_s = time.monotonic() - began - played_s
@@ -115,6 +109,37 @@ async def collect(
     }
     refuse_if_starved(episodes, trainable, dropped, config.teacher.max_dropped_fraction)
     return ScoredStep(episodes=episodes, trainable=trainable, metrics=metrics, dropped=dropped)
+
+
+async def play(
+    parts: Parts,
+    jobs: Sequence[EpisodeJob],
+    policy: VllmPolicy,
+    endpoint: Endpoint,
+    *,
+    verify: bool,
+    on_episode: Callable[[Episode], None],
+) -> list[Episode]:
+    """Play episodes where `rollout.executor` says: in this process, or in workers (`RayWorkers.play`)."""
+    sampling, max_concurrent = sampling_of(parts), parts.config.rollout.max_concurrent
+    if parts.workers is not None:
+        return await parts.workers.play(
+            jobs,
+            policy=policy,
+            sampling=sampling,
+            verify=verify,
+            max_concurrent=max_concurrent,
+            on_episode=on_episode,
+            away_s=endpoint.away_s,
+        )
+    return await run_episodes(
+        jobs,
+        make_env=lambda: parts.make_env(verify=verify),
+        make_actor=lambda: TokenActor(parts.renderer, policy, sampling),
+        max_concurrent=max_concurrent,
+        on_episode=on_episode,
+        away_s=endpoint.away_s,
+    )
 
 
 def sampling_of(parts: Parts) -> Sampling:
@@ -158,14 +183,7 @@ async def evaluate(
     jobs = jobs_for(tasks, group_size=config.eval.group_size, step=step, seed=config.seed + 1_000_003)
     is_student = endpoint is parts.student_endpoint
     policy = parts.policy if is_student else VllmPolicy(endpoint.transport, endpoint.model)
-    episodes = await run_episodes(
-        jobs,
-        make_env=lambda: parts.make_env(verify=True),
-        make_actor=lambda: TokenActor(parts.renderer, policy, sampling_of(parts)),
-        max_concurrent=config.rollout.max_concurrent,
-        on_episode=lambda _: on_episode(),
-        away_s=endpoint.away_s,
-    )
+    episodes = await play(parts, jobs, policy, endpoint, verify=True, on_episode=lambda _: on_episode())
     kind = "eval" if name == "student" else f"eval_{name}"
     writer = EpisodeWriter(run.episodes_file(step, kind=kind))
     for episode in episodes:
