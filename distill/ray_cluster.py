@@ -87,9 +87,11 @@ class RayCluster:
             self._ray = None
         if self._folder is not None:
             for file in self._folder.glob("ray/session_2*/logs/worker-*"):
-                if file.stat().st_size:
+                lines = file.read_text(errors="replace").splitlines(keepends=True)
+                said = [line for line in lines if not line.startswith((":job_id:", ":actor_name:"))]
+                if said:
                     logs.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(file, logs / file.name)
+                    (logs / f"worker-{file.name.rpartition('-')[2]}").write_text("".join(said))
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
 

@@ -39,8 +39,9 @@ MAX_FAILED_STARTS = 3
 """Replacements in a row that did not become ready before the run is told."""
 START_S = 300.0
 """For a worker to import, load the tokenizer and make an environment, on a machine that may be busy."""
-GRACE_S = 60.0
-"""Over what an episode may take by its own clocks before its worker counts as hung."""
+GRACE_S = 2 * CLOSE_S + 60.0
+"""What an episode may take over its own time-outs, the closing of its environment included, before its worker counts as
+hung."""
 TELL_S = 1.0
 """Between two looks at whether the workers must be told of an outage."""
 SPARE_CALLS = 4
@@ -69,9 +70,12 @@ class RayWorkers:
         model: folder or hub id of the student's tokenizer.
         fingerprint: of the student's renderer; a worker with another one would build other prompts.
         logs: folder that gets what the workers printed, where this run starts Ray.
+        grace_s: see `GRACE_S`.
     """
 
-    def __init__(self, config: RunConfig, model: str | Path, fingerprint: str, *, logs: Path) -> None:
+    def __init__(
+        self, config: RunConfig, model: str | Path, fingerprint: str, *, logs: Path, grace_s: float = GRACE_S
+    ) -> None:
         self.num_lost = 0
         """Workers that died or hung since the start of the run."""
         self._config = config
@@ -79,6 +83,7 @@ class RayWorkers:
         self._model = str(model)
         self._fingerprint = fingerprint
         self._logs = logs
+        self._grace_s = grace_s
         self._cluster = RayCluster(self._ray_config)
         self._gateway = Gateway(self._ray_config.host or LOOPBACK)
         self._workers: list[_Worker] = []
@@ -134,7 +139,7 @@ class RayWorkers:
             WorkersLost: no worker is left, and none can be started.
         """
         name = self._gateway.offer(policy)
-        limit_s = self._config.rollout.timeout_s * (2 if verify else 1) + 2 * CLOSE_S + GRACE_S
+        limit_s = self._config.rollout.timeout_s * (2 if verify else 1) + self._grace_s
         shared = {"policy": name, "verify": verify, "sampling": asdict(sampling)}
 
         async def play(job: EpisodeJob) -> Episode:
