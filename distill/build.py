@@ -20,7 +20,7 @@ from distill.console import Console
 from distill.endpoints import Endpoint, Place, publisher_for
 from distill.environment import make_env
 from distill.publish import Publisher
-from distill.ray_cluster import check_installed
+from distill.ray_cluster import check_installed, players
 from distill.ray_workers import RayWorkers
 from distill.serving.fleet import Fleet
 from distill.student import Student
@@ -81,7 +81,7 @@ class Parts:
             PolicyError: the student's does not answer.
         """
         if self.workers is not None:
-            console.say(f"rollouts: {self.workers.plan()}")
+            console.say(f"episodes are played by {players(self.config)}")
             await self.workers.start()
         for fleet in self.fleets:
             console.say(f"{fleet.name}: {fleet.plan()}")

@@ -35,6 +35,15 @@ def check_installed(config: RunConfig) -> None:
         )
 
 
+def players(config: RunConfig) -> str:
+    """Who plays the episodes, in words."""
+    ray = config.rollout.ray
+    if config.rollout.executor == "asyncio":
+        return f"this process, {config.rollout.max_concurrent} at once"
+    where = f"the Ray cluster at {ray.address}" if ray.address else "a Ray of this run"
+    return f"{ray.workers} workers on {where}, up to {ray.episodes_per_worker} at once in each"
+
+
 class RayCluster:
     """Ray's module `ray`, connected.
 

@@ -98,12 +98,6 @@ class RayWorkers:
         """Of the workers that are up."""
         return [worker.pid for worker in self._workers]
 
-    def plan(self) -> str:
-        """What `start` will do, in words."""
-        where = f"the Ray cluster at {self._ray_config.address}" if self._ray_config.address else "a Ray of this run"
-        each = self._ray_config.episodes_per_worker
-        return f"{self._ray_config.workers} workers on {where}, up to {each} episodes at once in each"
-
     async def start(self) -> None:
         """Start or find Ray, and wait until every worker has made the environment.
 
@@ -115,7 +109,12 @@ class RayWorkers:
             await self._gateway.start()
         except OSError as error:
             raise WorkersError(f"rollout.ray.host: {self._ray_config.host} cannot be listened on: {error}") from error
-        self._workers = list(await asyncio.gather(*(self._hire() for _ in range(self._ray_config.workers))))
+        try:
+            async with asyncio.TaskGroup() as group:
+                hired = [group.create_task(self._hire()) for _ in range(self._ray_config.workers)]
+        except BaseExceptionGroup as failed:
+            raise failed.exceptions[0] from None
+        self._workers = [task.result() for task in hired]
 
     async def play(
         self,
@@ -190,7 +189,7 @@ class RayWorkers:
             except RayTaskError:  # it ran and raised: a bug, of which a second try has no less
                 raise
             except RayError as error:
-                why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                why = _words(error)
                 self._lose(worker, why)
             except asyncio.CancelledError:
                 self._ray.cancel(reply)
@@ -269,7 +268,7 @@ class RayWorkers:
                 f"of the cluster's {self._ray.cluster_resources().get('CPU', 0):g} cores"
             ) from None
         except RayError as error:
-            raise WorkersError(f"a worker did not start: {' '.join(str(error).split())}") from error
+            raise WorkersError(f"a worker did not start: {_words(error)}") from error
         problem = answer.get("problem")
         if problem is None and answer["fingerprint"] != self._fingerprint:
             problem = f"its tokenizer {self._model} is not the run's: the files, or versions of packages, differ"
@@ -307,6 +306,11 @@ class RayWorkers:
                 self._workers.append(worker)
                 break
         await self._wake()
+
+
+def _words(error: Exception) -> str:
+    """What Ray says, without its advice."""
+    return f"{type(error).__name__}: {' '.join(str(error).split()).partition(' Some common causes')[0]}"
 
 
 def _job_to_json(job: EpisodeJob) -> dict[str, Any]:

@@ -105,6 +105,7 @@ async def collect(
         "time/rollout": played_s,
         "time/score": scored_s,
         "tokens_per_s/rollout": sum(e.num_sampled for e in played) / played_s if played_s > 0 else None,
+        **({"rollout/workers_lost": parts.workers.num_lost} if parts.workers is not None else {}),
         **{f"teacher/dropped/{kind}": n for kind, n in sorted(dropped.items())},
     }
     refuse_if_starved(episodes, trainable, dropped, config.teacher.max_dropped_fraction)

@@ -194,9 +194,7 @@ async def test_a_worker_killed_in_mid_episode_is_replaced(flags: dict[str, Any])
         await policy.until_asked(6 + 3)  # the three of the dead one again, in the other
         policy.gate.set()
         episodes = await playing
-        async with asyncio.timeout(60):
-            while len(workers.pids) < 2:
-                await asyncio.sleep(0.1)
+        await asyncio.to_thread(wait_for, lambda: len(workers.pids) == 2)
         assert set(workers.pids) - set(before)
         assert before[0] not in workers.pids
         again = await play(workers, policy, jobs)
@@ -215,7 +213,7 @@ async def test_an_episode_that_kills_every_worker_is_recorded_and_the_others_pla
     assert deadly.error is not None
     assert (deadly.error.boundary, deadly.error.kind) == ("worker", "WorkerDied")
     assert f"{MAX_TRIES} workers died" in deadly.error.message
-    assert [e.stop_reason for e in others] == [StopReason.ANSWERED] * 2
+    assert [e.stop_reason for e in others] == [StopReason.LAST_TOOL] * 2
     assert policy.keys.count("3/die-0/0") == MAX_TRIES
 
 
@@ -229,7 +227,7 @@ async def test_a_worker_that_hangs_is_ended_and_does_not_hold_the_others(flags: 
         assert workers.num_lost == 1
     assert hung.error is not None
     assert (hung.error.boundary, hung.error.kind) == ("worker", "Hung")
-    assert [e.stop_reason for e in others] == [StopReason.ANSWERED] * 2
+    assert [e.stop_reason for e in others] == [StopReason.LAST_TOOL] * 2
     assert took < 60, "the step waited for a tool that blocks for a minute"
     wait_for(lambda: not any(map(alive, hung_pids)))
 
@@ -251,7 +249,7 @@ async def test_an_outage_takes_no_time_of_an_episode(flags: dict[str, Any]) -> N
         (waited,) = await playing
         policy.gate.clear()
         (late,) = await play(workers, policy, jobs_of("add-1"))  # no outage: its clock runs
-    assert waited.stop_reason is StopReason.ANSWERED
+    assert waited.stop_reason is StopReason.LAST_TOOL
     assert late.stop_reason is StopReason.TIMEOUT
 
 
@@ -268,7 +266,7 @@ async def test_another_tokenizer_is_refused(flags: dict[str, Any], models: Path)
     other = load_renderer(models / "stranger").fingerprint
     workers = RayWorkers(config, models / "student", other, logs=models)
     try:
-        with pytest.raises(WorkersError, match="its tokenizer .*student is not the run's"):
+        with pytest.raises(WorkersError, match=r"its tokenizer .*student is not the run's"):
             await workers.start()
     finally:
         await workers.aclose()
@@ -340,12 +338,13 @@ def spawn(workplace: Workplace) -> Iterator[Callable[..., subprocess.Popen[bytes
 
 def test_a_whole_run_leaves_nothing_behind(workplace: Workplace, spawn: Callable[..., subprocess.Popen[bytes]]) -> None:
     folders = ray_folders()
-    run = spawn("--steps", "2", "--run_id", "a", "--eval.at_end", "true", "--rollout.max_concurrent", "1")
+    flags = ("--steps", "2", "--rollout.max_concurrent", "1", "--env", "./adding")  # relative to where the run starts
+    run = spawn(*flags, "--run_id", "a", "--eval.at_end", "true")
     wait_for(lambda: run.poll() is not None or len(in_session(run.pid)) > 3, 120)  # the census sees Ray's processes
     assert run.wait(240) == 0, (workplace.path / "stderr.txt").read_text()[-3000:]
     wait_for(lambda: in_session(run.pid) == [], 20)
     assert ray_folders() <= folders
-    workplace.run("--steps", "2", "--run_id", "b", "--rollout.max_concurrent", "1", check=True)
+    workplace.run(*flags, "--run_id", "b", check=True)
     for step in (1, 2):
         name = f"episodes/step_{step:06}.jsonl"
         there, here = (told_lines(workplace.lines(run_id, name)) for run_id in ("a", "b"))
