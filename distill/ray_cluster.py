@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import math
 import os
 import secrets
-import shutil
 import signal
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from distill.config import RayConfig, RunConfig
+from tools import keeper
 
-OBJECT_STORE_BYTES = 200 << 20
-"""Of a Ray of our own: episodes on their way; more goes to disk."""
+ROOT = Path(__file__).resolve().parent.parent
+START_S = 120.0
+"""For a Ray of our own to start."""
 
 
 class WorkersError(Exception):
@@ -47,18 +52,22 @@ def players(config: RunConfig) -> str:
 class RayCluster:
     """Ray's module `ray`, connected.
 
-    Without `rollout.ray.address` a Ray is started. It ends with the thread that started it, however that ends; its
-    servers listen on loopback alone and take orders only from who has its token; its folder is this user's alone. There
-    are no usage statistics and no dashboard.
+    Without `rollout.ray.address` a Ray is started on this machine (`distill.ray_head`), in a folder of this user alone,
+    under a token that is drawn anew. It ends with the run, however the run ends.
+
+    Args:
+        logs: folder that gets the output of the Ray that is started, and at its end what its workers printed.
     """
 
-    def __init__(self, config: RayConfig) -> None:
+    def __init__(self, config: RayConfig, logs: Path) -> None:
         self._config = config
+        self._logs = logs
         self._folder: Path | None = None
+        self._head: subprocess.Popen[bytes] | None = None
         self._ray: Any = None
 
-    def join(self) -> Any:
-        """Start or find Ray. Takes seconds and must be called in the main thread.
+    async def join(self) -> Any:
+        """Start or find Ray.
 
         Returns:
             The module `ray`.
@@ -68,16 +77,16 @@ class RayCluster:
                 cluster has machines that cannot reach this one.
         """
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-        options = {"address": self._config.address} if self._config.address is not None else self._own()
+        address = self._config.address or await self._start()
         # Ray takes SIGTERM for itself, at its import and again; it is the run that decides what a signal means.
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             import ray
 
-            ray.init(**options, log_to_driver=False, configure_logging=False)
+            ray.init(address=address, log_to_driver=False, configure_logging=False)
         except Exception as error:
-            where = f"rollout.ray.address: {self._config.address}" if self._config.address else "Ray cannot be started"
-            raise WorkersError(f"{where}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+            words = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise WorkersError(f"rollout.ray.address: no Ray at {address}: {words}") from error
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -85,39 +94,37 @@ class RayCluster:
         self._refuse_if_out_of_reach()
         return ray
 
-    def leave(self, logs: Path) -> None:
-        """End the Ray that `join` started; leave one that was there. Idempotent.
-
-        Args:
-            logs: gets what the workers of our own Ray printed, if anything.
-        """
+    async def leave(self) -> None:
+        """End the Ray that `join` started; leave one that was there. Idempotent."""
         if self._ray is not None:
             self._ray.shutdown()
             self._ray = None
         if self._folder is not None:
-            for file in self._folder.glob("ray/session_2*/logs/worker-*"):
-                lines = file.read_text(errors="replace").splitlines(keepends=True)
-                said = [line for line in lines if not line.startswith((":job_id:", ":actor_name:"))]
-                if said:
-                    logs.mkdir(parents=True, exist_ok=True)
-                    (logs / f"worker-{file.name.rpartition('-')[2]}").write_text("".join(said))
-            shutil.rmtree(self._folder, ignore_errors=True)
+            _keep_output(self._folder, self._logs)
             self._folder = None
+        if self._head is not None:
+            assert self._head.stdin is not None
+            self._head.stdin.close()  # the keeper ends Ray and removes its folder
+            await asyncio.to_thread(self._head.wait)
+            self._head = None
 
-    def _own(self) -> dict[str, Any]:
-        os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    async def _start(self) -> str:
+        """Start a Ray; returns its address."""
         # Not what it is called after: 0 makes Ray take loopback for this machine's address, on every system.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-        self._folder = Path(tempfile.mkdtemp(prefix="ray-"))
-        return {
-            "address": "local",  # whatever RAY_ADDRESS says
-            "num_cpus": math.ceil(self._config.workers * self._config.cpus),
-            "num_gpus": 0,
-            "object_store_memory": OBJECT_STORE_BYTES,
-            "include_dashboard": False,
-            "_temp_dir": str(self._folder / "ray"),
-        }
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # Ray reads it once in a process
+        self._folder = folder = Path(tempfile.mkdtemp(prefix="ray-"))
+        self._logs.mkdir(parents=True, exist_ok=True)
+        output = self._logs / "ray.log"
+        self._head = _head(folder, math.ceil(self._config.workers * self._config.cpus), output)
+        deadline = time.monotonic() + START_S
+        while not (folder / "address").exists():
+            if self._head.poll() is not None or time.monotonic() > deadline:
+                words = output.read_text(errors="replace").strip()[-1000:] or f"no address within {START_S:g} s"
+                raise WorkersError(f"Ray did not start ({output}): {words}")
+            await asyncio.sleep(0.1)
+        return (folder / "address").read_text()
 
     def _refuse_if_out_of_reach(self) -> None:
         own = self._ray.util.get_node_ip_address()
@@ -133,3 +140,26 @@ class RayCluster:
 def elsewhere(nodes: Sequence[Mapping[str, Any]], own: str) -> list[str]:
     """Addresses of a cluster's living machines other than this one (`ray.nodes()`)."""
     return sorted({node["NodeManagerAddress"] for node in nodes if node["Alive"]} - {own})
+
+
+def _head(folder: Path, num_cpus: int, output: Path) -> subprocess.Popen[bytes]:
+    """Start `distill.ray_head` under a keeper, which removes the folder in the end."""
+    command = [sys.executable, "-m", "distill.ray_head", str(folder), str(num_cpus)]
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))  # workers inherit it
+    with output.open("wb") as log:
+        return subprocess.Popen(  # noqa: S603 - our own program
+            [*keeper.COMMAND, f"--remove={folder}", *command],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            env=os.environ | {"PYTHONPATH": path},
+        )
+
+
+def _keep_output(folder: Path, logs: Path) -> None:
+    """What workers printed, without Ray's own lines."""
+    for file in folder.glob("ray/session_2*/logs/worker-*"):
+        lines = file.read_text(errors="replace").splitlines(keepends=True)
+        said = [line for line in lines if not line.startswith((":job_id:", ":actor_name:"))]
+        if said:
+            (logs / f"worker-{file.name.rpartition('-')[2]}").write_text("".join(said))

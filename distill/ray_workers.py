@@ -64,12 +64,12 @@ class _Worker:
 
 
 class RayWorkers:
-    """The workers of one run. Belongs to the event loop of the main thread: a Ray of our own ends with that thread.
+    """The workers of one run. Belongs to the event loop in which it is started, in the main thread.
 
     Args:
         model: folder or hub id of the student's tokenizer.
         fingerprint: of the student's renderer; a worker with another one would build other prompts.
-        logs: folder that gets what the workers printed, where this run starts Ray.
+        logs: see `RayCluster`.
         grace_s: see `GRACE_S`.
     """
 
@@ -82,9 +82,8 @@ class RayWorkers:
         self._ray_config = config.rollout.ray
         self._model = str(model)
         self._fingerprint = fingerprint
-        self._logs = logs
         self._grace_s = grace_s
-        self._cluster = RayCluster(self._ray_config)
+        self._cluster = RayCluster(self._ray_config, logs)
         self._gateway = Gateway(self._ray_config.host or LOOPBACK)
         self._workers: list[_Worker] = []
         self._changed = asyncio.Condition()
@@ -104,7 +103,7 @@ class RayWorkers:
         Raises:
             WorkersError: one cannot, or the cluster has machines that cannot reach this one.
         """
-        self._ray = self._cluster.join()
+        self._ray = await self._cluster.join()
         try:
             await self._gateway.start()
         except OSError as error:
@@ -162,7 +161,7 @@ class RayWorkers:
         for worker in self._workers:
             self._ray.kill(worker.actor)
         self._workers = []
-        self._cluster.leave(self._logs)
+        await self._cluster.leave()
         await self._gateway.aclose()
 
     # --- one episode

@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ def die() -> int:
 
 
 @tool
-def hang() -> int:
+async def hang() -> int:
     """Block the event loop for a minute."""
     import time
 
@@ -294,16 +294,19 @@ def listening() -> set[tuple[str, str]]:
 # Whole runs
 
 
-def in_session(session: int) -> list[int]:
-    """Living processes of a session: all that a run and its Ray started, as none of them opens one of its own."""
-    found = []
+def descendants(pid: int) -> set[int]:
+    """All processes that a living one started, and those that these started."""
+    children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
-            try:
-                if os.getsid(int(entry.name)) == session and alive(int(entry.name)):
-                    found.append(int(entry.name))
-            except ProcessLookupError:
-                continue
+            with suppress(FileNotFoundError, ProcessLookupError):
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                children.setdefault(parent, []).append(int(entry.name))
+    found, waiting = set[int](), [pid]
+    while waiting:
+        for child in children.get(waiting.pop(), ()):
+            found.add(child)
+            waiting.append(child)
     return found
 
 
@@ -313,7 +316,7 @@ def ray_folders() -> set[str]:
 
 @pytest.fixture
 def spawn(workplace: Workplace) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
-    """Starts a run in a session of its own; whatever is left of it is killed in the end."""
+    """Starts a run, which ends with the test."""
     runs = []
 
     def start(*flags: str) -> subprocess.Popen[bytes]:
@@ -324,15 +327,13 @@ def spawn(workplace: Workplace) -> Iterator[Callable[..., subprocess.Popen[bytes
                 env=workplace.environment(),
                 stdout=subprocess.DEVNULL,
                 stderr=log,
-                start_new_session=True,
             )
         runs.append(run)
         return run
 
     yield start
     for run in runs:
-        for pid in in_session(run.pid):
-            os.kill(pid, signal.SIGKILL)
+        run.kill()
         run.wait()
 
 
@@ -340,9 +341,13 @@ def test_a_whole_run_leaves_nothing_behind(workplace: Workplace, spawn: Callable
     folders = ray_folders()
     flags = ("--steps", "2", "--rollout.max_concurrent", "1", "--env", "./adding")  # relative to where the run starts
     run = spawn(*flags, "--run_id", "a", "--eval.at_end", "true")
-    wait_for(lambda: run.poll() is not None or len(in_session(run.pid)) > 3, 120)  # the census sees Ray's processes
-    assert run.wait(240) == 0, (workplace.path / "stderr.txt").read_text()[-3000:]
-    wait_for(lambda: in_session(run.pid) == [], 20)
+    started: set[int] = set()
+    while run.poll() is None:
+        started |= descendants(run.pid)
+        time.sleep(0.1)
+    assert run.returncode == 0, (workplace.path / "stderr.txt").read_text()[-3000:]
+    assert len(started) > 6  # the census saw Ray and its workers
+    wait_for(lambda: not any(map(alive, started)), 10)
     assert ray_folders() <= folders
     workplace.run(*flags, "--run_id", "b", check=True)
     for step in (1, 2):
@@ -352,29 +357,34 @@ def test_a_whole_run_leaves_nothing_behind(workplace: Workplace, spawn: Callable
         assert len(there) == 6
 
 
-def told_lines(lines: list[dict[str, Any]]) -> list[tuple[str, list[list[int]], list[Any]]]:
-    return [
-        (e["id"], [t["token_ids"] for t in e["traces"]], [t["teacher_logprobs"] for t in e["traces"]]) for e in lines
-    ]
+def told_lines(lines: list[dict[str, Any]]) -> list[tuple[str, list[tuple[list[int], list[float]]]]]:
+    return [(e["id"], [(t["token_ids"], t["teacher_logprobs"]) for t in e["traces"]]) for e in lines]
 
 
-def test_a_killed_run_takes_ray_with_it(workplace: Workplace, spawn: Callable[..., subprocess.Popen[bytes]]) -> None:
-    run = spawn("--steps", "1000", "--run_id", "a")
+def until_first_step(run: subprocess.Popen[bytes], workplace: Workplace) -> set[int]:
+    """Returns the processes that it has started."""
     metrics = workplace.path / "runs" / "a" / "metrics.jsonl"
     wait_for(lambda: run.poll() is not None or (metrics.exists() and metrics.read_text()), 240)
     assert run.poll() is None, (workplace.path / "stderr.txt").read_text()[-3000:]
-    assert len(in_session(run.pid)) > 3
+    return descendants(run.pid)
+
+
+def test_a_killed_run_takes_ray_with_it(workplace: Workplace, spawn: Callable[..., subprocess.Popen[bytes]]) -> None:
+    folders = ray_folders()
+    run = spawn("--steps", "1000", "--run_id", "a")
+    started = until_first_step(run, workplace)
+    assert len(started) > 6
     run.kill()
     run.wait()
-    wait_for(lambda: in_session(run.pid) == [], 60)
+    wait_for(lambda: not any(map(alive, started)), 60)
+    wait_for(lambda: ray_folders() <= folders, 20)
 
 
 def test_a_signal_lets_the_step_finish(workplace: Workplace, spawn: Callable[..., subprocess.Popen[bytes]]) -> None:
     """Ray installs a handler of its own, which would end the run at once."""
     run = spawn("--steps", "1000", "--run_id", "a")
-    metrics = workplace.path / "runs" / "a" / "metrics.jsonl"
-    wait_for(lambda: run.poll() is not None or (metrics.exists() and metrics.read_text()), 240)
+    started = until_first_step(run, workplace)
     run.terminate()
     assert run.wait(120) == 130, (workplace.path / "stderr.txt").read_text()[-3000:]
     assert "stopped after step" in (workplace.path / "stderr.txt").read_text()
-    wait_for(lambda: in_session(run.pid) == [], 20)
+    wait_for(lambda: not any(map(alive, started)), 10)
