@@ -22,6 +22,8 @@ from tools import keeper
 ROOT = Path(__file__).resolve().parent.parent
 START_S = 120.0
 """For a Ray of our own to start."""
+GRACE_S = 3.0
+"""For its processes to end by themselves; by then there is nothing that they must not lose."""
 
 
 class WorkersError(Exception):
@@ -148,7 +150,7 @@ def _head(folder: Path, num_cpus: int, output: Path) -> subprocess.Popen[bytes]:
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))  # workers inherit it
     with output.open("wb") as log:
         return subprocess.Popen(  # noqa: S603 - our own program
-            [*keeper.COMMAND, f"--remove={folder}", *command],
+            [*keeper.COMMAND, f"--grace={GRACE_S}", f"--remove={folder}", *command],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
