@@ -44,7 +44,7 @@ def work_of(way: str, hidden_TH: torch.Tensor, weight_VH: torch.Tensor, rows_N: 
     from bench.loss import batch_of
     from distill.config import LossConfig
     from distill.loss import reverse_kl_loss
-    from distill.student import MAX_LOGITS, _slice
+    from distill.rows import MAX_LOGITS, _slice
 
     tokens, vocab_size = len(hidden_TH), len(weight_VH)
     count = len(rows_N)

@@ -68,9 +68,9 @@ class Parts:
         endpoints = (self.student_endpoint, self.teacher_endpoint)
         return list({id(e.fleet): e.fleet for e in endpoints if e.fleet is not None}.values())
 
-    def make_env(self, *, verify: bool) -> ToolEnv:
-        """A fresh environment; a grader is built only with `verify`."""
-        return make_env(self.config, verify=verify)
+    def make_env(self, *, verify: bool, step: int | None = None) -> ToolEnv:
+        """A fresh environment; a grader is built only with `verify`. `step`: of training, for the curriculum."""
+        return make_env(self.config, verify=verify, step=step)
 
     async def start(self, console: Console) -> None:
         """Start the workers and the servers, and find out how these are best asked.
@@ -130,6 +130,13 @@ class Parts:
             await self.teacher_endpoint.aclose()
 
 
+<<<<<<< HEAD
+=======
+def make_env(config: RunConfig, *, verify: bool, step: int | None = None) -> ToolEnv:
+    return envs.make(config.env, limits=config.rollout.limits(step), skip_verification=not verify, **config.env_args)
+
+
+>>>>>>> main
 def load_tasks(config: RunConfig) -> tuple[list[Task], list[Task]]:
     """Training and held-out tasks: from the files that the configuration names, else the environment's own.
 

@@ -32,6 +32,7 @@ def exit_code_of(error: BaseException) -> int | None:
     from distill.checkpoint import CheckpointError
     from distill.config_load import ConfigError
     from distill.endpoints import EndpointError
+    from distill.export import ExportError
     from distill.publish import PublishError
     from distill.ray_cluster import WorkersError
     from distill.rundir import RunDirError
@@ -45,7 +46,11 @@ def exit_code_of(error: BaseException) -> int | None:
     from tools.pages import PageStoreError
 
     codes: list[tuple[tuple[type[BaseException], ...], int]] = [
+<<<<<<< HEAD
         ((ConfigError, BuildError, EndpointError, WorkersError, RegistryError, RendererError), EXIT_USAGE),
+=======
+        ((ConfigError, BuildError, EndpointError, ExportError, RegistryError, RendererError), EXIT_USAGE),
+>>>>>>> main
         ((CheckFailed,), EXIT_CHECK),
         ((TaskError, PageStoreError), EXIT_DATA),
         ((ServerLost,), EXIT_OUTAGE),

@@ -1,30 +1,128 @@
-"""The logits of the trained rows of a model, and of no others.
+"""The trained rows of a model, and no others: their features, their log-probabilities, their loss.
 
 A vocabulary of 150,000 makes the logits of a batch much larger than all else in it. Only the trained rows go through
-the output head, and `head` is called on a slice of them at a time.
+the output head, and only a slice of them at a time.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from distill.config import LossConfig
+from distill.loss import reverse_kl_loss
+from distill.types import Batch, Inputs
+
+Rows = tuple[torch.Tensor, dict[str, torch.Tensor]]
+"""A number and, per row, numbers without gradient."""
+
+MAX_LOGITS = 2**28
+"""Numbers in the logits of one slice of rows: 1 GiB of float32."""
 
 
-class RowModel:
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """What is to be made small."""
+
+    config: LossConfig
+    num_trained_step: int
+    """Trained tokens of the whole step, over all micro-batches and ranks: the denominator."""
+    teacher: RowModel | None = None
+    """Of `loss.type = "full"`."""
+
+
+class RowModel(nn.Module):
     """A causal language model cut in front of its output head.
+
+    All that reads a weight happens inside `forward`, where a wrapper that shards weights (FSDP2) has gathered them.
 
     Args:
         model: of `transformers`; may hold LoRA layers, but is not itself wrapped by PEFT.
     """
 
     def __init__(self, model: Any) -> None:
+        super().__init__()
         self.model = model
-        self._decoder: nn.Module = getattr(model, model.base_model_prefix)
         self.device: torch.device = next(model.parameters()).device
         self._plain = True
         self._plain = self._head_is_plain()
+
+    def forward(self, inputs: Inputs, objective: Objective | None = None) -> Rows:
+        """The loss of a micro-batch (a `Batch`), or without an objective the log-probabilities of the targets.
+
+        Returns:
+            A scalar with gradient and the rows' metrics (`LossOutput`), or [N] log-probabilities and nothing.
+        """
+        features_NH = self.features(inputs)
+        if objective is None:
+            return self._logprobs(features_NH, inputs.targets_N), {}
+        assert isinstance(inputs, Batch)
+        return self._loss(features_NH, inputs, objective)
+
+    def features(self, inputs: Inputs) -> torch.Tensor:
+        """[N, H] what `head` takes. Padding on the right needs no mask: attention is causal."""
+        ids_BT = inputs.input_ids_BT.to(self.device)
+        rows = inputs.seq_N.to(self.device), inputs.pos_N.to(self.device)
+        if self._plain:
+            hidden_NH: torch.Tensor = self._decoder(input_ids=ids_BT, use_cache=False).last_hidden_state[rows]
+            return hidden_NH
+        logits_NV: torch.Tensor = self.model(input_ids=ids_BT, use_cache=False).logits[rows]
+        return logits_NV
+
+    def head(self, features_NH: torch.Tensor) -> torch.Tensor:
+        """[N, V] logits, at least float32."""
+        logits_NV: torch.Tensor = self._head(features_NH) if self._plain else features_NH
+        return logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self._head.weight.shape[0])
+
+    @property
+    def _slice_size(self) -> int:
+        return max(1, MAX_LOGITS // self.vocab_size)
+
+    def _logprobs(self, features_NH: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+        parts = zip(features_NH.split(self._slice_size), targets_N.to(self.device).split(self._slice_size), strict=True)
+        return torch.cat([self.head(f).log_softmax(-1).gather(-1, t[:, None]).squeeze(-1) for f, t in parts])
+
+    def _loss(self, features_NH: torch.Tensor, batch: Batch, objective: Objective) -> Rows:
+        teacher_NH = None
+        if objective.teacher is not None:
+            with torch.no_grad():
+                teacher_NH = objective.teacher.features(batch)
+
+        def of_slice(start: int, features_NH: torch.Tensor) -> Rows:
+            part = _slice(batch, start, start + len(features_NH))
+            teacher_NV = None
+            if objective.teacher is not None and teacher_NH is not None:
+                with torch.no_grad():
+                    teacher_NV = objective.teacher.head(teacher_NH[start : start + len(features_NH)]).log_softmax(-1)
+            output = reverse_kl_loss(
+                self.head(features_NH), part, objective.config, objective.num_trained_step, teacher_NV
+            )
+            return output.loss, output.metrics_N
+
+        slices = features_NH.split(self._slice_size)
+        if len(slices) == 1:
+            return of_slice(0, features_NH)
+        starts = range(0, len(features_NH), self._slice_size)
+        parts: list[Rows] = [
+            checkpoint(of_slice, start, part_NH, use_reentrant=False)
+            for start, part_NH in zip(starts, slices, strict=True)
+        ]
+        metrics_N = {name: torch.cat([metrics[name] for _, metrics in parts]) for name in parts[0][1]}
+        return torch.stack([loss for loss, _ in parts]).sum(), metrics_N
+
+    @property
+    def _decoder(self) -> nn.Module:
+        decoder: nn.Module = getattr(self.model, self.model.base_model_prefix)
+        return decoder
 
     @property
     def _head(self) -> nn.Linear:
@@ -45,20 +143,14 @@ class RowModel:
             found_TV, wanted_TV.to(found_TV.dtype), rtol=5e-3, atol=1e-4
         )
 
-    def features(self, ids_BT: torch.Tensor, seq_N: torch.Tensor, pos_N: torch.Tensor) -> torch.Tensor:
-        """[N, H] what `head` takes. Padding on the right needs no mask: attention is causal."""
-        ids_BT, rows = ids_BT.to(self.device), (seq_N.to(self.device), pos_N.to(self.device))
-        if self._plain:
-            hidden_NH: torch.Tensor = self._decoder(input_ids=ids_BT, use_cache=False).last_hidden_state[rows]
-            return hidden_NH
-        logits_NV: torch.Tensor = self.model(input_ids=ids_BT, use_cache=False).logits[rows]
-        return logits_NV
 
-    def head(self, features_NH: torch.Tensor) -> torch.Tensor:
-        """[N, V] logits, at least float32."""
-        logits_NV: torch.Tensor = self._head(features_NH) if self._plain else features_NH
-        return logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
-
-    @property
-    def vocab_size(self) -> int:
-        return int(self._head.weight.shape[0])
+def _slice(batch: Batch, start: int, end: int) -> Batch:
+    """Rows [start, end); the inputs stay."""
+    if start == 0 and end >= batch.num_trained:
+        return batch
+    changes = {
+        field.name: value[start:end]
+        for field in dataclasses.fields(batch)
+        if field.name.endswith(("_N", "_NK")) and (value := getattr(batch, field.name)) is not None
+    }
+    return dataclasses.replace(batch, **changes)

@@ -84,8 +84,19 @@ async def collect(
 
     began = time.monotonic()
     tokens_before = parts.teacher.num_tokens
+<<<<<<< HEAD
     verify = not config.skip_verification
     episodes = await play(parts, jobs, parts.policy, parts.student_endpoint, verify=verify, on_episode=ended)
+=======
+    episodes = await run_episodes(
+        jobs,
+        make_env=lambda: parts.make_env(verify=not config.skip_verification, step=step),
+        make_actor=lambda: TokenActor(parts.renderer, parts.policy, sampling_of(parts)),
+        max_concurrent=config.rollout.max_concurrent,
+        on_episode=ended,
+        away_s=parts.student_endpoint.away_s,
+    )
+>>>>>>> main
     played_s = time.monotonic() - began
     await asyncio.gather(*scoring)
     scored_s = time.monotonic() - began - played_s

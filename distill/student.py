@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,20 +15,16 @@ from torch import nn
 from agent_loop.types import Episode
 from distill.batch import collate, group_advantages, items_of, split_micro_batches
 from distill.config import LoraConfig, RunConfig
-from distill.loss import reverse_kl_loss
 from distill.metrics import Metrics
 from distill.optim import Optimizer
-from distill.rows import RowModel
+from distill.rows import Objective, RowModel
 from distill.train_metrics import StepRows
-from distill.types import Batch
+from distill.types import Batch, Inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from distill.checkpoint import Checkpoint
-
-MAX_LOGITS = 2**28
-"""Numbers in the logits of one call of the output head: 1 GiB of float32."""
 
 
 class NumericError(Exception):
@@ -58,6 +53,7 @@ class Student:
         self.device = self.rows.device
         self.model: Any = model
         self.has_lora = config.student.lora is not None
+        self.is_quantized = bool(getattr(model, "is_quantized", False))
         if config.student.lora is not None:
             self.model = _with_lora(model, config.student.lora)
             _refuse_adapted_ties(model)
@@ -75,7 +71,7 @@ class Student:
 
         Raises:
             OSError: there is no such model, or it has no safetensors.
-            ValueError: adapters cannot be put where `student.lora` wants them.
+            ValueError: adapters cannot be put where `student.lora` wants them, or weights not be quantised here.
         """
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -84,7 +80,11 @@ class Student:
         options: dict[str, Any] = {"trust_remote_code": False}
         if config.student.revision is not None and not Path(path).is_dir():
             options["revision"] = config.student.revision
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **options).to(device)
+        if config.student.lora is not None and config.student.lora.quantization == "nf4":
+            options |= {"quantization_config": _nf4(dtype, device), "device_map": {"": device}}
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **options)
+        if "device_map" not in options:
+            model = model.to(device)
         has_tokenizer = not Path(path).is_dir() or any(Path(path).glob("tokenizer*"))
         tokenizer = AutoTokenizer.from_pretrained(path, **options) if has_tokenizer else None
         return cls(model, config, tokenizer=tokenizer)
@@ -135,7 +135,9 @@ class Student:
             ValueError: a trained token has no score; naming the episode.
         """
         began = time.monotonic()
-        items = items_of(episodes, group_advantages(episodes) if self.config.loss.adv_tau else None)
+        loss_config = self.config.loss
+        advantages = group_advantages(episodes) if loss_config.adv_tau else None
+        items = items_of(episodes, advantages, turn_balance=loss_config.turn_balance)
         num_trained = sum(item.trace.num_trained for item in items)
         if not num_trained:
             raise NumericError(f"step {step}: no trained token in {_names([e.id for e in episodes])}")
@@ -174,40 +176,17 @@ class Student:
     def _accumulate(
         self, batch: Batch, num_trained: int, rows: StepRows, episodes: Sequence[Episode], step: int
     ) -> float:
-        """Add one micro-batch to the gradients; returns its part of the loss.
-
-        The head and the loss run on slices of the rows, each with its own backward pass down to the features; the
-        decoder's backward pass is one.
-        """
-        features_NH = self.rows.features(batch.input_ids_BT, batch.seq_N, batch.pos_N)
-        leaf_NH = features_NH.detach().requires_grad_()
-        teacher_NH = None
-        if self.config.loss.type == "full" and self._teacher is not None:
-            with torch.no_grad():
-                teacher_NH = self._teacher.features(batch.input_ids_BT, batch.seq_N, batch.pos_N)
-        loss = 0.0
-        size = max(1, MAX_LOGITS // self.rows.vocab_size)
-        for start in range(0, batch.num_trained, size):
-            part = _slice(batch, start, start + size)
-            teacher_NV = None
-            if self._teacher is not None and teacher_NH is not None:
-                with torch.no_grad():
-                    teacher_NV = self._teacher.head(teacher_NH[start : start + size]).log_softmax(-1)
-            output = reverse_kl_loss(
-                self.rows.head(leaf_NH[start : start + size]), part, self.config.loss, num_trained, teacher_NV
-            )
-            rows.add(part, output.metrics_N)
-            value = float(output.loss.detach())
-            if not abs(value) < float("inf"):
-                bad_N = ~torch.stack([output.metrics_N[n] for n in ("teacher_kl", "ratio")]).isfinite().all(0).cpu()
-                suspects = part.episodes_N[bad_N] if bad_N.any() else part.episodes_N
-                ids = [episodes[i].id for i in dict.fromkeys(suspects.tolist())]
-                raise NumericError(f"step {step}: the loss is {value} in {_names(ids)}. The weights are unchanged.")
-            loss += value
-            output.loss.backward()
-        if features_NH.requires_grad:
-            features_NH.backward(leaf_NH.grad)
-        return loss
+        """Add one micro-batch to the gradients; returns its part of the loss."""
+        loss, metrics_N = self.rows(batch, Objective(self.config.loss, num_trained, self._teacher))
+        rows.add(batch, metrics_N)
+        value = float(loss.detach())
+        if not abs(value) < float("inf"):
+            bad_N = ~torch.stack([metrics_N[n] for n in ("teacher_kl", "ratio")]).isfinite().all(0).cpu()
+            suspects = batch.episodes_N[bad_N] if bad_N.any() else batch.episodes_N
+            ids = [episodes[i].id for i in dict.fromkeys(suspects.tolist())]
+            raise NumericError(f"step {step}: the loss is {value} in {_names(ids)}. The weights are unchanged.")
+        loss.backward()
+        return value
 
     def _refuse_no_op(self, rows: StepRows, grad_norm: float, step: int) -> None:
         """A run in which the teacher's signal never reaches the weights looks healthy for hours; say so at once."""
@@ -227,16 +206,11 @@ class Student:
         if len(ids) < 2:
             return [None] * len(ids)
         self._causal_lm.eval()
-        ids_BT = torch.tensor([list(ids)], device=self.device)
+        ids_L = torch.tensor(list(ids))
         pos_N = torch.arange(len(ids) - 1)
-        features_NH = self.rows.features(ids_BT, torch.zeros_like(pos_N), pos_N)
-        size = max(1, MAX_LOGITS // self.rows.vocab_size)
-        found: list[float | None] = [None]
-        for start in range(0, len(pos_N), size):
-            logprobs_NV = self.rows.head(features_NH[start : start + size]).log_softmax(-1)
-            targets_N = ids_BT[0, 1 + start : 1 + start + size]
-            found.extend(logprobs_NV.gather(-1, targets_N[:, None]).squeeze(-1).tolist())
-        return found
+        inputs = Inputs(input_ids_BT=ids_L[None, :-1], seq_N=torch.zeros_like(pos_N), pos_N=pos_N, targets_N=ids_L[1:])
+        logprobs_N, _ = self.rows(inputs)
+        return [None, *logprobs_N.tolist()]
 
     def serving_copy(self) -> PreTrainedModel:
         """An independent copy of the present model for the engine, adapters merged, in `eval` mode."""
@@ -295,17 +269,33 @@ class Student:
 
     def save(self, folder: Path) -> None:
         """Write `model/` (opens with `from_pretrained`), `optimizer.safetensors` and, with LoRA, the unmerged
-        `adapter.safetensors`."""
-        model = self.serving_copy() if self.has_lora else self.model
-        model.save_pretrained(folder / "model")
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(folder / "model")
+        `adapter.safetensors`. Of a quantised model, which merging would round, the adapters alone."""
+        if not self.is_quantized:
+            model = self.serving_copy() if self.has_lora else self.model
+            model.save_pretrained(folder / "model")
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(folder / "model")
         save_file(_contiguous(self.optimizer.state()), folder / "optimizer.safetensors")
         if self.has_lora:
             save_file(_contiguous(self.parameters), folder / "adapter.safetensors")
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue as if the run had never stopped: weights, optimiser, random number generators.
+
+        Raises:
+            CheckpointError: it belongs to another model or another `student` configuration.
+        """
+        from distill.checkpoint import CheckpointError
+
+        self.restore_weights(checkpoint)
+        try:
+            self.optimizer.load_state(load_file(checkpoint.path / "optimizer.safetensors"))
+        except (ValueError, OSError) as error:
+            raise CheckpointError(f"{checkpoint.path} does not fit this student: {error}") from error
+        checkpoint.restore_rng()
+
+    def restore_weights(self, checkpoint: Checkpoint) -> None:
+        """The weights alone: nothing to train on with.
 
         Raises:
             CheckpointError: it belongs to another model or another `student` configuration.
@@ -324,10 +314,8 @@ class Student:
                 )
                 _same_shapes(saved.state_dict(), self._causal_lm.state_dict())
                 self._causal_lm.load_state_dict(saved.state_dict())
-            self.optimizer.load_state(load_file(checkpoint.path / "optimizer.safetensors"))
         except (ValueError, RuntimeError, OSError) as error:
             raise CheckpointError(f"{checkpoint.path} does not fit this student: {error}") from error
-        checkpoint.restore_rng()
 
     @torch.no_grad()
     def _load_adapter(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -341,6 +329,24 @@ def _dtype(name: str, device: str) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if device == "cuda" else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def _nf4(dtype: torch.dtype, device: str) -> Any:
+    """4-bit normal floats with doubly quantised scales: QLoRA, arXiv 2305.14314, section 3."""
+    import importlib.util
+
+    from transformers import BitsAndBytesConfig
+
+    if device != "cuda":  # there, bitsandbytes packs the weights for inference, and gradients stop at them
+        raise ValueError('student.lora.quantization "nf4" needs a GPU; "none" trains the same adapters')
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError("student.lora.quantization \"nf4\" needs bitsandbytes: pip install -e '.[qlora]'")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
 
 
 def _with_lora(model: PreTrainedModel, lora: LoraConfig) -> Any:
@@ -384,18 +390,6 @@ def _switch_off_dropout(model: nn.Module) -> None:
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
             setattr(module, "attention_dropout", 0.0)  # noqa: B010 - the type checker knows modules only
-
-
-def _slice(batch: Batch, start: int, end: int) -> Batch:
-    """Rows [start, end); the inputs stay."""
-    if start == 0 and end >= batch.num_trained:
-        return batch
-    changes = {
-        field.name: value[start:end]
-        for field in dataclasses.fields(batch)
-        if field.name.endswith(("_N", "_NK")) and (value := getattr(batch, field.name)) is not None
-    }
-    return dataclasses.replace(batch, **changes)
 
 
 def _same_shapes(saved: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> None:

@@ -55,9 +55,8 @@ class TeacherScorer(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
-    """Traces of one micro-batch, padded on the right, and the loss' rows of them. `collate` alone makes it: it is
-    the only place that shifts by one.
+class Inputs:
+    """Traces, padded on the right, and the rows of them whose prediction is wanted.
 
     Row n predicts token `targets_N[n]` from position `pos_N[n]` of sequence `seq_N[n]`: the token stands at
     `pos_N[n] + 1`.
@@ -65,20 +64,29 @@ class Batch:
 
     input_ids_BT: torch.Tensor
     """[B, T] int64, padded with 0 on the right; the last token of a trace is never an input."""
-    lengths_B: torch.Tensor
-    """[B] int64, valid inputs."""
     seq_N: torch.Tensor
     """[N] int64"""
     pos_N: torch.Tensor
     """[N] int64"""
     targets_N: torch.Tensor
     """[N] int64 ids that were sampled."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch(Inputs):
+    """Traces of one micro-batch and the loss' rows of them. `collate` alone makes it: it is the only place that shifts
+    by one."""
+
+    lengths_B: torch.Tensor
+    """[B] int64, valid inputs."""
     sampling_logprobs_N: torch.Tensor
     """[N] float32"""
     teacher_logprobs_N: torch.Tensor
     """[N] float32"""
     advantages_N: torch.Tensor
     """[N] float32; zeros (assigned, no signal) in pure distillation."""
+    weights_N: torch.Tensor
+    """[N] float32 weight of the row in the loss; their sum over the step is the number of trained tokens."""
     turns_N: torch.Tensor
     """[N] int64 turn index, for metrics."""
     classes_N: torch.Tensor
