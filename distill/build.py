@@ -130,13 +130,6 @@ class Parts:
             await self.teacher_endpoint.aclose()
 
 
-<<<<<<< HEAD
-=======
-def make_env(config: RunConfig, *, verify: bool, step: int | None = None) -> ToolEnv:
-    return envs.make(config.env, limits=config.rollout.limits(step), skip_verification=not verify, **config.env_args)
-
-
->>>>>>> main
 def load_tasks(config: RunConfig) -> tuple[list[Task], list[Task]]:
     """Training and held-out tasks: from the files that the configuration names, else the environment's own.
 

@@ -196,7 +196,6 @@ class TeacherConfig(Section):
     """Share of a step's episodes that may go unscored before the run stops."""
 
 
-<<<<<<< HEAD
 class RayConfig(Section):
     """Rollout workers on Ray, for `rollout.executor = "ray"` (docs/serving.md, "Rollout workers")."""
 
@@ -212,7 +211,8 @@ class RayConfig(Section):
     host: Text | None = None
     """Address of this machine by which workers on other machines ask it for completions, in a network that you trust.
     none: loopback, for workers on this machine."""
-=======
+
+
 class CurriculumConfig(Section):
     """Few turns at first, more later (TCOD, arXiv 2604.24005). The table switches it on."""
 
@@ -220,7 +220,6 @@ class CurriculumConfig(Section):
     """Turns an episode at the first step."""
     every: Count = 10
     """Steps after which an episode may have one more turn, up to `rollout.max_turns`."""
->>>>>>> main
 
 
 class RolloutConfig(Section):

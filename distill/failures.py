@@ -46,11 +46,10 @@ def exit_code_of(error: BaseException) -> int | None:
     from tools.pages import PageStoreError
 
     codes: list[tuple[tuple[type[BaseException], ...], int]] = [
-<<<<<<< HEAD
-        ((ConfigError, BuildError, EndpointError, WorkersError, RegistryError, RendererError), EXIT_USAGE),
-=======
-        ((ConfigError, BuildError, EndpointError, ExportError, RegistryError, RendererError), EXIT_USAGE),
->>>>>>> main
+        (
+            (ConfigError, BuildError, EndpointError, ExportError, WorkersError, RegistryError, RendererError),
+            EXIT_USAGE,
+        ),
         ((CheckFailed,), EXIT_CHECK),
         ((TaskError, PageStoreError), EXIT_DATA),
         ((ServerLost,), EXIT_OUTAGE),

@@ -29,7 +29,8 @@ class EpisodeWorker:
 
     def __init__(self, setup: str) -> None:
         self._setup: dict[str, Any] = json.loads(setup)
-        self._stages: dict[bool, Stage] = {}
+        self._stages: dict[str, Stage] = {}
+        """By policy: environments live as long as one call of `RayWorkers.play`."""
         self._away_s: dict[str, float] = {}
 
     async def ready(self) -> str:
@@ -47,8 +48,8 @@ class EpisodeWorker:
         """Play one episode.
 
         Args:
-            job: JSON: `task`, `sample_index`, `step`, `seed`, `sampling`, `verify`, `policy` (its name at the
-                gateway), `away_s` so far.
+            job: JSON: `task`, `sample_index`, `step`, `seed`, `sampling`, `policy` (its name at the gateway), `away_s`
+                so far; `verify` and `limits_of` (a step or null), the same for all jobs of a policy.
 
         Returns:
             JSON: the `episode`; or the `problem` where no environment can be made, in words.
@@ -69,7 +70,7 @@ class EpisodeWorker:
         )
         actor = TokenActor(self._renderer, GatewayPolicy(self._transport, name), Sampling(**asked["sampling"]))
         try:
-            stage = self._stage(verify=asked["verify"])
+            stage = self._stage(name, verify=asked["verify"], step=asked["limits_of"])
             episode = await stage.play(played, actor, away_s=lambda: self._away_s[name])
             return json.dumps({"episode": episode_to_json(episode)}, allow_nan=False, separators=(",", ":"))
         except Exception as error:
@@ -82,6 +83,12 @@ class EpisodeWorker:
     def learn(self, policy: str, seconds: float) -> None:
         """It only grows, and messages may overtake one another."""
         self._away_s[policy] = max(seconds, self._away_s.get(policy, 0.0))
+
+    async def done(self, policy: str) -> None:
+        """Nothing more is played with this policy: close its environments."""
+        stage = self._stages.pop(policy, None)
+        if stage is not None:
+            await stage.aclose()
 
     async def aclose(self) -> None:
         """Close all environments that play nothing."""
@@ -106,13 +113,13 @@ class EpisodeWorker:
         env = make_env(self._config, verify=not self._config.skip_verification)
         return {"fingerprint": self._renderer.fingerprint, "env_id": env.env_id, "pid": os.getpid()}
 
-    def _stage(self, *, verify: bool) -> Stage:
+    def _stage(self, policy: str, *, verify: bool, step: int | None) -> Stage:
         from agent_loop.rollout import Stage
         from distill.environment import make_env
 
-        if verify not in self._stages:
-            self._stages[verify] = Stage(lambda: make_env(self._config, verify=verify))
-        return self._stages[verify]
+        if policy not in self._stages:
+            self._stages[policy] = Stage(lambda: make_env(self._config, verify=verify, step=step))
+        return self._stages[policy]
 
     def _words(self, error: Exception) -> str:
         folder = self._setup["folder"]

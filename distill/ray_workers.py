@@ -123,6 +123,7 @@ class RayWorkers:
         sampling: Sampling,
         verify: bool,
         max_concurrent: int,
+        step: int | None = None,
         on_episode: Callable[[Episode], None] = lambda _: None,
         away_s: Callable[[], float] = never_away,
     ) -> list[Episode]:
@@ -131,6 +132,7 @@ class RayWorkers:
         Args:
             policy: of this process; workers ask it through the gateway.
             verify: whether graders are on.
+            step: of training, for the curriculum.
 
         Raises:
             WorkersError: a worker cannot make the environment.
@@ -138,7 +140,7 @@ class RayWorkers:
         """
         name = self._gateway.offer(policy)
         limit_s = self._config.rollout.timeout_s * (2 if verify else 1) + self._grace_s
-        shared = {"policy": name, "verify": verify, "sampling": asdict(sampling)}
+        shared = {"policy": name, "verify": verify, "limits_of": step, "sampling": asdict(sampling)}
 
         async def play(job: EpisodeJob) -> Episode:
             return await self._play(job, shared, limit_s, away_s)
@@ -149,6 +151,8 @@ class RayWorkers:
         finally:
             teller.cancel()
             self._gateway.withdraw(name)
+            for worker in self._workers:
+                worker.actor.done.remote(name)
 
     async def aclose(self) -> None:
         """Close the workers' environments, end the workers, and Ray where it is ours; nothing of them is left."""

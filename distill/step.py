@@ -84,19 +84,8 @@ async def collect(
 
     began = time.monotonic()
     tokens_before = parts.teacher.num_tokens
-<<<<<<< HEAD
     verify = not config.skip_verification
-    episodes = await play(parts, jobs, parts.policy, parts.student_endpoint, verify=verify, on_episode=ended)
-=======
-    episodes = await run_episodes(
-        jobs,
-        make_env=lambda: parts.make_env(verify=not config.skip_verification, step=step),
-        make_actor=lambda: TokenActor(parts.renderer, parts.policy, sampling_of(parts)),
-        max_concurrent=config.rollout.max_concurrent,
-        on_episode=ended,
-        away_s=parts.student_endpoint.away_s,
-    )
->>>>>>> main
+    episodes = await play(parts, jobs, parts.policy, parts.student_endpoint, verify=verify, step=step, on_episode=ended)
     played_s = time.monotonic() - began
     await asyncio.gather(*scoring)
     scored_s = time.monotonic() - began - played_s
@@ -131,8 +120,13 @@ async def play(
     *,
     verify: bool,
     on_episode: Callable[[Episode], None],
+    step: int | None = None,
 ) -> list[Episode]:
-    """Play episodes where `rollout.executor` says: in this process, or in workers (`RayWorkers.play`)."""
+    """Play episodes where `rollout.executor` says: in this process, or in workers (`RayWorkers.play`).
+
+    Args:
+        step: of training, for the curriculum.
+    """
     sampling, max_concurrent = sampling_of(parts), parts.config.rollout.max_concurrent
     if parts.workers is not None:
         return await parts.workers.play(
@@ -140,13 +134,14 @@ async def play(
             policy=policy,
             sampling=sampling,
             verify=verify,
+            step=step,
             max_concurrent=max_concurrent,
             on_episode=on_episode,
             away_s=endpoint.away_s,
         )
     return await run_episodes(
         jobs,
-        make_env=lambda: parts.make_env(verify=verify),
+        make_env=lambda: parts.make_env(verify=verify, step=step),
         make_actor=lambda: TokenActor(parts.renderer, policy, sampling),
         max_concurrent=max_concurrent,
         on_episode=on_episode,
