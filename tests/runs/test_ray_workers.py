@@ -162,6 +162,7 @@ def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> None:
 async def test_workers_play_what_this_process_plays(flags: dict[str, Any]) -> None:
     jobs = jobs_of(*(f"add-{i}" for i in range(6)))
     before = listening()
+    flags |= {"rollout.curriculum.start": 1, "rollout.curriculum.every": 10}
     async with started(flags) as (workers, policy):
         hosts = {host for host, port in listening() - before}
         ended: list[str] = []
@@ -173,11 +174,13 @@ async def test_workers_play_what_this_process_plays(flags: dict[str, Any]) -> No
             make_actor=lambda: TokenActor(load_renderer(flags["student.model"]), policy, Sampling(max_context=900)),
             max_concurrent=8,
         )
+        (short,) = await play(workers, policy, jobs[:1], step=1)
         pids = workers.pids
         assert len(set(pids)) == 2
         assert os.getpid() not in pids
     assert told(there) == told(here)
     assert [len(e.turns) for e in there] == [2] * 6  # a call and an answer: there was something to compare
+    assert len(short.turns) == 1  # the curriculum's first step
     assert sorted(ended) == sorted(job.id for job in jobs)
     wait_for(lambda: not any(map(alive, pids)))
     assert hosts == {"0100007F", "0000000000000000FFFF00000100007F"}  # 127.0.0.1: Ray's own servers too
@@ -345,15 +348,17 @@ def test_a_whole_run_leaves_nothing_behind(workplace: Workplace, spawn: Callable
     wait_for(lambda: not any(map(alive, started)), 10)
     assert ray_folders() <= folders
     workplace.run(*flags, "--run_id", "b", check=True)
-    for step in (1, 2):
-        name = f"episodes/step_{step:06}.jsonl"
-        there, here = (told_lines(workplace.lines(run_id, name)) for run_id in ("a", "b"))
-        assert there == here
-        assert len(there) == 6
-
-
-def told_lines(lines: list[dict[str, Any]]) -> list[tuple[str, list[tuple[list[int], list[float]]]]]:
-    return [(e["id"], [(t["token_ids"], t["teacher_logprobs"]) for t in e["traces"]]) for e in lines]
+    there, here = (workplace.lines(run_id, "episodes/step_000001.jsonl") for run_id in ("a", "b"))
+    assert [e["id"] for e in there] == [e["id"] for e in here]
+    assert len(there) == 6
+    for one, other in zip(there, here, strict=True):  # before the first update: afterwards roundings differ
+        for trace, same in zip(one["traces"], other["traces"], strict=True):
+            assert trace["token_ids"] == same["token_ids"]
+            scored = [v for v in trace["teacher_logprobs"] if v is not None]
+            assert scored == pytest.approx([v for v in same["teacher_logprobs"] if v is not None], abs=1e-4)
+            assert len(scored) == sum(trace["loss_mask"]) > 0
+    ids = [[e["id"] for e in workplace.lines(run_id, "episodes/step_000002.jsonl")] for run_id in ("a", "b")]
+    assert ids[0] == ids[1]
 
 
 def until_first_step(run: subprocess.Popen[bytes], workplace: Workplace) -> set[int]:
