@@ -1,7 +1,7 @@
-"""What it costs the run that workers sample through its gateway: CPU of this process a completion, HTTP and JSON included.
+"""What it costs the run that workers sample through its gateway: its CPU a completion, HTTP and JSON included.
 
-The policy behind the gateway answers at once, so that nothing else is measured. A second process asks, eight completions
-at a time. Without workers the same question is a function call.
+The policy behind the gateway answers at once, so that nothing else is measured. A second process asks, eight
+completions at a time. Without workers the same question is a function call.
 
 python -m bench.gateway [--completions 400]
 """

@@ -1,8 +1,8 @@
 """The worker side of `distill.ray_workers`: one process, one event loop, many episodes.
 
 Everything that goes in or out is a string of JSON. Ray wraps it in its own serialisation, and no object of this project
-is ever pickled: the class is found by its name on the worker's machine, and what fails is told in words. No model is loaded
-here, only its tokenizer.
+is ever pickled: the class is found by its name on the worker's machine, and what fails is told in words.
+No model is loaded here, only its tokenizer.
 """
 
 from __future__ import annotations

@@ -200,7 +200,8 @@ class RayWorkers:
             finally:
                 worker.playing -= 1
                 await self._wake()
-        return _failed(job, worker, "WorkerDied", f"{MAX_TRIES} workers died of it or beside it; {why}", 0.0)
+        why = f"{MAX_TRIES} workers died of it or beside it; {why}"
+        return _failed(job, worker, "WorkerDied", why, time.monotonic() - began)
 
     def _read(self, reply: str) -> Episode:
         answer = json.loads(reply)
@@ -299,7 +300,7 @@ class RayWorkers:
         while self._lost is None:
             try:
                 worker = await self._hire()
-            except WorkersError as error:
+            except Exception as error:  # whatever Ray raises where it is gone itself: somebody waits for this worker
                 self._failed_starts += 1
                 _LOG.warning("a new rollout worker did not start: %s", error)
                 if self._failed_starts >= MAX_FAILED_STARTS:
