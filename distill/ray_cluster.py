@@ -96,6 +96,11 @@ class RayCluster:
         self._refuse_if_out_of_reach()
         return ray
 
+    def alive(self) -> bool:
+        """Whether this machine is still a node of it: without one no worker can be started, and Ray waits for ever."""
+        own = self._ray.get_runtime_context().get_node_id()
+        return any(node["NodeID"] == own and node["Alive"] for node in self._ray.nodes())
+
     async def leave(self) -> None:
         """End the Ray that `join` started; leave one that was there. Idempotent."""
         if self._ray is not None:

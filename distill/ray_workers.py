@@ -299,6 +299,9 @@ class RayWorkers:
     async def _replace(self) -> None:
         while self._lost is None:
             try:
+                if not self._cluster.alive():
+                    self._lost = WorkersLost("Ray itself has died on this machine, and the rollout workers with it")
+                    break
                 worker = await self._hire()
             except Exception as error:  # whatever Ray raises where it is gone itself: somebody waits for this worker
                 self._failed_starts += 1

@@ -388,3 +388,16 @@ def test_a_signal_lets_the_step_finish(workplace: Workplace, spawn: Callable[...
     assert run.wait(120) == 130, (workplace.path / "stderr.txt").read_text()[-3000:]
     assert "stopped after step" in (workplace.path / "stderr.txt").read_text()
     wait_for(lambda: not any(map(alive, started)), 10)
+
+
+def test_without_ray_the_run_saves_and_exits(
+    workplace: Workplace, spawn: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    run = spawn("--steps", "100000", "--run_id", "a")
+    started = until_first_step(run, workplace)
+    (raylet,) = (pid for pid in started if b"raylet/raylet\0" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    os.kill(raylet, signal.SIGKILL)
+    assert run.wait(120) == 8, (workplace.path / "stderr.txt").read_text()[-3000:]
+    steps = [line["step"] for line in workplace.lines("a")]
+    assert (workplace.path / "runs" / "a" / "checkpoints" / f"step_{steps[-1]:06}" / "MANIFEST.json").exists()
+    wait_for(lambda: not any(map(alive, started)), 10)
