@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import transformers
 
-import envs
 from agent_loop.policy import VllmPolicy
 from agent_loop.renderer import Renderer, load_renderer
 from agent_loop.transport import TransportError
@@ -23,7 +22,10 @@ from distill.config import RunConfig
 from distill.console import Console
 from distill.cost import Activity, gpus_of
 from distill.endpoints import Endpoint, Place, publisher_for
+from distill.environment import make_env
 from distill.publish import Publisher
+from distill.ray_cluster import check_installed, players
+from distill.ray_workers import RayWorkers
 from distill.resume import TaskSet, as_records, task_sets
 from distill.serving.fleet import Fleet
 from distill.serving.vllm import Machine
@@ -71,6 +73,8 @@ class Parts:
     """What `train_tasks` and `eval_tasks` were when they were read."""
     lost: list[asyncio.Future[None]] = field(default_factory=list)
     """Futures that get an exception when work must not be waited for any longer, beside those of the fleets."""
+    workers: RayWorkers | None = None
+    """Where episodes are played; None: in this process."""
 
     @property
     def fleets(self) -> list[Fleet]:
@@ -89,12 +93,16 @@ class Parts:
         return make_env(self.config, verify=verify, step=step)
 
     async def start(self, console: Console) -> None:
-        """Start the servers and find out how they are best asked.
+        """Start the workers and the servers, and find out how these are best asked.
 
         Raises:
+            WorkersError: a worker cannot play the run's environment.
             LaunchError: a server did not start; with the end of its log.
             PolicyError: the student's does not answer.
         """
+        if self.workers is not None:
+            console.say(f"episodes are played by {players(self.config)}")
+            await self.workers.start()
         for fleet in self.fleets:
             console.say(f"{fleet.name}: {fleet.plan()}")
         await asyncio.gather(*(fleet.start() for fleet in self.fleets))
@@ -139,16 +147,14 @@ class Parts:
         return task.result()
 
     async def aclose(self) -> None:
+        if self.workers is not None:
+            await self.workers.aclose()
         await self.publisher.aclose()
         await self.policy.aclose()
         await self.teacher.aclose()
         await self.student_endpoint.aclose()
         if self.teacher_endpoint.transport is not self.student_endpoint.transport:
             await self.teacher_endpoint.aclose()
-
-
-def make_env(config: RunConfig, *, verify: bool, step: int | None = None) -> ToolEnv:
-    return envs.make(config.env, limits=config.rollout.limits(step), skip_verification=not verify, **config.env_args)
 
 
 def load_tasks(config: RunConfig) -> tuple[list[Task], list[Task]]:
@@ -178,8 +184,9 @@ def build(config: RunConfig, console: Console, folder: Path) -> Parts:
         folder: of the run: servers' logs and published weights go there.
 
     Raises:
-        BuildError, ConfigError, TaskError: what is wrong, before anything is trained.
+        BuildError, ConfigError, TaskError, WorkersError: what is wrong, before anything is trained.
     """
+    check_installed(config)
     torch.manual_seed(config.seed)
     np.random.seed(config.seed % 2**32)
     random.seed(config.seed)
@@ -235,6 +242,9 @@ def build(config: RunConfig, console: Console, folder: Path) -> Parts:
         tool_specs=env.tool_specs,
         canary=canary,
         task_sets=task_sets(config, train_tasks, eval_tasks),
+        workers=RayWorkers(config, student_path, renderer.fingerprint, logs=folder / "logs" / "ray")
+        if config.rollout.executor == "ray"
+        else None,
         max_context=config.student.max_context
         or (student_endpoint.engine.limits.max_model_len if student_endpoint.engine else None),
         slots=asyncio.Semaphore(config.rollout.max_concurrent),

@@ -35,6 +35,7 @@ def exit_code_of(error: BaseException) -> int | None:
     from distill.endpoints import EndpointError
     from distill.export import ExportError
     from distill.publish import PublishError
+    from distill.ray_cluster import WorkersError
     from distill.resume import DataChanged
     from distill.rundir import RunDirError
     from distill.serving.fleet import ServerLost
@@ -47,7 +48,10 @@ def exit_code_of(error: BaseException) -> int | None:
     from tools.pages import PageStoreError
 
     codes: list[tuple[tuple[type[BaseException], ...], int]] = [
-        ((ConfigError, BuildError, EndpointError, ExportError, RegistryError, RendererError), EXIT_USAGE),
+        (
+            (ConfigError, BuildError, EndpointError, ExportError, WorkersError, RegistryError, RendererError),
+            EXIT_USAGE,
+        ),
         ((CheckFailed,), EXIT_CHECK),
         ((TaskError, PageStoreError, DataChanged), EXIT_DATA),
         ((OutOfMemory,), EXIT_MEMORY),
