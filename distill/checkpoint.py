@@ -4,7 +4,7 @@
         model/                  opens with `from_pretrained` (weights, configuration, tokenizer; LoRA merged)
         adapter.safetensors     with LoRA: the adapters unmerged
         optimizer.safetensors   moments, and float32 masters of narrower weights
-        state.json              step, cursor into the tasks, states of the random number generators
+        state.json              step, cursor into the tasks, states of the random number generators of each rank
         MANIFEST.json           size and SHA-256 of every other file; written last
 
 A checkpoint is built under another name, synced to the disk and renamed. Nothing is pickled.
@@ -48,12 +48,14 @@ class Checkpoint:
     """Optimiser steps made."""
     cursor: int
     """Tasks taken so far."""
-    rng: dict[str, Any]
-    """JSON of `rng_state`."""
+    rng: list[dict[str, Any]]
+    """`rng_state` of each rank that saved it."""
 
-    def restore_rng(self) -> None:
-        """Put back the states of torch's, numpy's and Python's global generators."""
-        set_rng_state(self.rng)
+    def restore_rng(self, rank: int = 0) -> None:
+        """Put back the states of torch's, numpy's and Python's global generators; a rank that was not there when this
+        was saved keeps its own."""
+        if rank < len(self.rng):
+            set_rng_state(self.rng[rank])
 
 
 def save_checkpoint(folder: Path, step: int, student: Student, *, cursor: int, keep_last: int) -> Path:
@@ -70,7 +72,7 @@ def save_checkpoint(folder: Path, step: int, student: Student, *, cursor: int, k
             shutil.rmtree(leftover)
         building.mkdir()
         student.save(building)
-        state = {"step": step, "cursor": cursor, "rng": rng_state()}
+        state = {"step": step, "cursor": cursor, "rng": student.rng_states()}
         (building / "state.json").write_text(json.dumps(state), encoding="utf-8")
         files = {path.relative_to(building).as_posix(): _digest(path) for path in _files(building)}
         for path in _files(building):

@@ -14,6 +14,7 @@ EXIT_SERVER = 5
 EXIT_NUMERIC = 6
 EXIT_STORAGE = 7
 EXIT_OUTAGE = 8
+EXIT_RANK = 9
 EXIT_INTERRUPT = 130
 
 
@@ -33,6 +34,7 @@ def exit_code_of(error: BaseException) -> int | None:
     from distill.config_load import ConfigError
     from distill.endpoints import EndpointError
     from distill.publish import PublishError
+    from distill.ranks import RankError
     from distill.rundir import RunDirError
     from distill.serving.fleet import ServerLost
     from distill.serving.vllm import LaunchError
@@ -43,6 +45,8 @@ def exit_code_of(error: BaseException) -> int | None:
     from envs.registry import RegistryError
     from tools.pages import PageStoreError
 
+    if isinstance(error, RankError):
+        return error.code
     codes: list[tuple[tuple[type[BaseException], ...], int]] = [
         ((ConfigError, BuildError, EndpointError, RegistryError, RendererError), EXIT_USAGE),
         ((CheckFailed,), EXIT_CHECK),

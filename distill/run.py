@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 from distill.config_load import ConfigError, LoadedConfig, add_config_arguments, load_from_arguments
 from distill.console import Console, fail
-from distill.failures import EXIT_USAGE, Interrupted, guarded
+from distill.failures import EXIT_OK, EXIT_USAGE, Interrupted, guarded
+from distill.follow import follow, is_follower
 
 if TYPE_CHECKING:
     from distill.build import Parts
@@ -198,7 +199,7 @@ async def run_training(loaded: LoadedConfig, console: Console, resume: Path | No
             if checkpoint:
                 parts.student.restore(checkpoint)
                 console.say(f"resuming after step {checkpoint.step}")
-        await train(parts, run, console, checkpoint)
+        await parts.student.ranks.while_whole(train(parts, run, console, checkpoint))
         finish(run, console)
         status = "finished"
     except (Interrupted, KeyboardInterrupt, asyncio.CancelledError):
@@ -225,6 +226,8 @@ def main(argv: list[str] | None = None) -> int:
         "--dry-run", action="store_true", help="check the configuration and the tasks, print the plan, stop"
     )
     arguments, rest = parser.parse_known_args(argv)
+    if is_follower():
+        return EXIT_OK if arguments.dry_run else follow()
     console = Console()
     try:
         loaded = load_from_arguments(arguments, rest, console.say)
