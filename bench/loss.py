@@ -45,6 +45,7 @@ def batch_of(targets: torch.Tensor, student: torch.Tensor, teacher: torch.Tensor
         sampling_logprobs_N=student.expand(teacher_NV.shape).gather(-1, targets[:, None])[:, 0],
         teacher_logprobs_N=teacher_NV.gather(-1, targets[:, None])[:, 0],
         advantages_N=torch.zeros(count, dtype=student.dtype),
+        weights_N=torch.ones(count, dtype=student.dtype),
         turns_N=zeros,
         classes_N=zeros,
         episodes_N=zeros,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,6 +25,10 @@ class TrainItem:
     trace_index: int
     advantage: float = 0.0
     """Of the episode; multiplied by `adv_tau`."""
+    turn_balance: float = 0.0
+    """`loss.turn_balance`."""
+    mean_turn: float = 1.0
+    """Trained tokens of a turn, mean over the turns of the step that have any; read with `turn_balance` alone."""
 
     @property
     def trace(self) -> TokenTrace:
@@ -40,19 +45,34 @@ class TrainItem:
         return f"episode {self.episode.id!r}, trace {self.trace_index}"
 
 
-def items_of(episodes: Sequence[Episode], advantages: Sequence[float] | None = None) -> list[TrainItem]:
+def items_of(
+    episodes: Sequence[Episode], advantages: Sequence[float] | None = None, *, turn_balance: float = 0.0
+) -> list[TrainItem]:
     """The traces that have something to train on, in order. `advantages`: one an episode; zeros if not given."""
+    trained = [
+        (i, k) for i, episode in enumerate(episodes) for k, trace in enumerate(episode.traces) if any(trace.loss_mask)
+    ]
+    counts = [c for i, k in trained if turn_balance for c in _tokens_by_turn(episodes[i].traces[k]).values()]
     return [
         TrainItem(
             episode_index=i,
-            episode=episode,
+            episode=episodes[i],
             trace_index=k,
             advantage=0.0 if advantages is None else advantages[i],
+            turn_balance=turn_balance,
+            mean_turn=sum(counts) / len(counts) if counts else 1.0,
         )
-        for i, episode in enumerate(episodes)
-        for k, trace in enumerate(episode.traces)
-        if any(trace.loss_mask)
+        for i, k in trained
     ]
+
+
+def _tokens_by_turn(trace: TokenTrace) -> Counter[int]:
+    """Trained tokens of each turn that has any."""
+    counts: Counter[int] = Counter()
+    for segment in trace.segments:
+        if segment.source is SegmentSource.ASSISTANT and (count := sum(trace.loss_mask[segment.start : segment.end])):
+            counts[segment.turn] += count
+    return counts
 
 
 def group_advantages(episodes: Sequence[Episode]) -> list[float]:
@@ -102,6 +122,8 @@ class _Rows:
     teacher: np.ndarray
     turns: np.ndarray
     classes: np.ndarray
+    weights: np.ndarray
+    """1, or with `turn_balance` more in turns of few tokens."""
 
 
 def collate(items: Sequence[TrainItem]) -> Batch:
@@ -133,6 +155,7 @@ def collate(items: Sequence[TrainItem]) -> Batch:
         sampling_logprobs_N=joined("sampling"),
         teacher_logprobs_N=joined("teacher"),
         advantages_N=torch.from_numpy(np.repeat(np.array([i.advantage for i in items], dtype=np.float32), counts)),
+        weights_N=joined("weights"),
         turns_N=joined("turns"),
         classes_N=joined("classes"),
         episodes_N=torch.from_numpy(np.repeat(np.array([i.episode_index for i in items], dtype=np.int64), counts)),
@@ -169,14 +192,22 @@ def _rows_of(item: TrainItem) -> _Rows:
         if turn.trace == item.trace_index and turn.start is not None:
             for span in turn.token_classes:
                 classes[turn.start + span.start : turn.start + span.end] = CLASS_INDEX[span.token_class]
+    turns = turns[positions]
+    weights = np.ones(len(positions), dtype=np.float32)
+    if item.turn_balance:
+        # Turn-balanced, every turn has the weight of one of mean length: over the step, weights sum to the tokens.
+        by_turn = {turn: item.mean_turn / count for turn, count in _tokens_by_turn(trace).items()}
+        balanced = np.array([by_turn[turn] for turn in turns.tolist()], dtype=np.float32)
+        weights += item.turn_balance * (balanced - weights)
     return _Rows(
         input_ids=ids[: positions[-1]],
         positions=positions,
         targets=ids[positions],
         sampling=scores["sampling"],
         teacher=scores["teacher"],
-        turns=turns[positions],
+        turns=turns,
         classes=classes[positions],
+        weights=weights,
     )
 
 

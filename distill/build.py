@@ -65,9 +65,9 @@ class Parts:
         endpoints = (self.student_endpoint, self.teacher_endpoint)
         return list({id(e.fleet): e.fleet for e in endpoints if e.fleet is not None}.values())
 
-    def make_env(self, *, verify: bool) -> ToolEnv:
-        """A fresh environment; a grader is built only with `verify`."""
-        return make_env(self.config, verify=verify)
+    def make_env(self, *, verify: bool, step: int | None = None) -> ToolEnv:
+        """A fresh environment; a grader is built only with `verify`. `step`: of training, for the curriculum."""
+        return make_env(self.config, verify=verify, step=step)
 
     async def start(self, console: Console) -> None:
         """Start the servers and find out how they are best asked.
@@ -122,8 +122,8 @@ class Parts:
         await asyncio.to_thread(self.student.ranks.close)
 
 
-def make_env(config: RunConfig, *, verify: bool) -> ToolEnv:
-    return envs.make(config.env, limits=config.rollout.limits(), skip_verification=not verify, **config.env_args)
+def make_env(config: RunConfig, *, verify: bool, step: int | None = None) -> ToolEnv:
+    return envs.make(config.env, limits=config.rollout.limits(step), skip_verification=not verify, **config.env_args)
 
 
 def load_tasks(config: RunConfig) -> tuple[list[Task], list[Task]]:

@@ -101,6 +101,9 @@ class LoraConfig(Section):
     """Scale: the adapter's output is multiplied by alpha / rank."""
     target_modules: Annotated[tuple[Text, ...], Strict(False), Field(min_length=1)] = ("all-linear",)
     """Names of the modules that get an adapter; "all-linear" alone is every linear layer but the output head."""
+    quantization: Literal["none", "nf4"] = "none"
+    """Number format of the frozen weights under the adapters. nf4: 4 bits (QLoRA, arXiv 2305.14314), with the
+    bitsandbytes package."""
 
 
 class ServerConfig(Section):
@@ -193,6 +196,15 @@ class TeacherConfig(Section):
     """Share of a step's episodes that may go unscored before the run stops."""
 
 
+class CurriculumConfig(Section):
+    """Few turns at first, more later (TCOD, arXiv 2604.24005). The table switches it on."""
+
+    start: Count = 2
+    """Turns an episode at the first step."""
+    every: Count = 10
+    """Steps after which an episode may have one more turn, up to `rollout.max_turns`."""
+
+
 class RolloutConfig(Section):
     """How many episodes are played, how they are sampled, and every budget of an episode."""
 
@@ -210,6 +222,8 @@ class RolloutConfig(Section):
     """Sample among the k most probable tokens. 0: off."""
     max_turns: Count = 10
     """Model calls an episode."""
+    curriculum: CurriculumConfig | None = None
+    """A smaller `max_turns` in the first steps. none: the same in all."""
     max_turn_tokens: Count = 1024
     """Sampled tokens a turn."""
     max_episode_tokens: Count | None = None
@@ -230,10 +244,17 @@ class RolloutConfig(Section):
     """What becomes of a turn with a malformed call. train: its tokens are trained on. mask: they are not. stop: the
     episode ends."""
 
-    def limits(self) -> Limits:
-        """The budgets of an episode, as the environment layer wants them."""
+    def limits(self, step: int | None = None) -> Limits:
+        """The budgets of an episode, as the environment layer wants them.
+
+        Args:
+            step: of training, from 1: `curriculum` applies. None: it does not.
+        """
+        max_turns = self.max_turns
+        if self.curriculum is not None and step is not None:
+            max_turns = min(max_turns, self.curriculum.start + (step - 1) // self.curriculum.every)
         return Limits(
-            max_turns=self.max_turns,
+            max_turns=max_turns,
             max_turn_tokens=self.max_turn_tokens,
             max_episode_tokens=self.max_episode_tokens,
             max_tool_calls=self.max_tool_calls,
@@ -261,6 +282,12 @@ class LossConfig(Section):
     a teacher that scores given ids (vLLM on a GPU)."""
     rho: Annotated[float, Field(ge=1, le=1000)] = 2.0
     """Cap of the importance ratio between the trainer's and the sampler's probability of a token."""
+    turn_balance: Fraction = 0.0
+    """0: every trained token weighs the same, so long turns weigh more. 1: every turn weighs the same (TurnOPD, arXiv
+    2607.05804). Between: a mixture."""
+    advantage_clip: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Cap of a token's absolute log-ratio of teacher and student in the loss, in nats: less variance, a biased
+    gradient. none: no cap."""
 
 
 class OptimConfig(Section):

@@ -62,6 +62,16 @@ def problems_of(config: RunConfig) -> Iterator[Problem]:
         )
     if loss.candidates == "student" and loss.type != "topk":
         yield Problem(("loss.candidates", "loss.type"), f'is "student", but loss.type "{loss.type}" has no candidates')
+    if loss.advantage_clip is not None and loss.type == "full":
+        yield Problem(
+            ("loss.advantage_clip", "loss.type"),
+            'cuts single log-ratios, but loss.type "full" is the exact sum of them; take "sampled" or "topk"',
+        )
+    if rollout.curriculum is not None and rollout.curriculum.start > rollout.max_turns:
+        yield Problem(
+            ("rollout.curriculum.start", "rollout.max_turns"),
+            f"is {rollout.curriculum.start}, more than rollout.max_turns ({rollout.max_turns})",
+        )
     yield from _server_problems(config)
     if loss.adv_tau > 0 and config.skip_verification:
         yield Problem(
@@ -146,6 +156,12 @@ def _server_problems(config: RunConfig) -> Iterator[Problem]:
         yield Problem(
             ("student.weight_sync", "student.lora"), 'is "nccl", which carries full weights; adapters go by disk'
         )
+    if student.lora is not None and student.lora.quantization != "none" and not on_vllm:
+        yield Problem(
+            ("student.lora.quantization", "student.server"),
+            f'is "{student.lora.quantization}", but the embedded engine serves whole weights; publish the adapter to a '
+            "vLLM server (student.server or student.base_url)",
+        )
     if teacher.on_student_server:
         if teacher.base_url is not None or teacher.server is not None:
             yield Problem(
@@ -182,6 +198,17 @@ def notes_of(config: RunConfig) -> Iterator[str]:
     own = config.teacher.model == config.student.model or (config.teacher.model is None and not config.teacher.base_url)
     if own and config.teacher.system_prompt is None:
         yield "teacher.model is the student's own and has no system_prompt: the KL is 0 and nothing is learnt"
+    lora, server = config.student.lora, config.student.server
+    if (
+        lora is not None
+        and lora.quantization != "none"
+        and server is not None
+        and "--quantization" not in (server.extra_args)
+    ):
+        yield (
+            f"student.lora.quantization is {lora.quantization}, but the server samples from unquantised weights under "
+            'the same adapter; student.server.extra_args = ["--quantization", "bitsandbytes"] makes both the same'
+        )
     for name, urls in (("student", config.student.base_url), ("teacher", config.teacher.base_url)):
         if any(not url.endswith("/v1") for url in urls or ()):
             yield f"{name}.base_url does not end in /v1, as vLLM's address does"

@@ -33,6 +33,7 @@ def exit_code_of(error: BaseException) -> int | None:
     from distill.checkpoint import CheckpointError
     from distill.config_load import ConfigError
     from distill.endpoints import EndpointError
+    from distill.export import ExportError
     from distill.publish import PublishError
     from distill.ranks import RankError
     from distill.rundir import RunDirError
@@ -48,7 +49,7 @@ def exit_code_of(error: BaseException) -> int | None:
     if isinstance(error, RankError):
         return error.code
     codes: list[tuple[tuple[type[BaseException], ...], int]] = [
-        ((ConfigError, BuildError, EndpointError, RegistryError, RendererError), EXIT_USAGE),
+        ((ConfigError, BuildError, EndpointError, ExportError, RegistryError, RendererError), EXIT_USAGE),
         ((CheckFailed,), EXIT_CHECK),
         ((TaskError, PageStoreError), EXIT_DATA),
         ((ServerLost,), EXIT_OUTAGE),

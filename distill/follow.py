@@ -86,5 +86,7 @@ def _obey(student: Student, name: str, arguments: dict[str, Any]) -> None:
             student.rng_states()
         case "restore":
             student.restore(Checkpoint(path=Path(arguments["path"]), step=0, cursor=0, rng=arguments["rng"]))
+        case "restore_weights":
+            student.restore_weights(Checkpoint(path=Path(arguments["path"]), step=0, cursor=0, rng=[]))
         case _:
             raise ValueError(f"a rank knows no call {name!r}")

@@ -9,6 +9,7 @@ rewards and r = min(exp(s - b), rho) (without gradient), the loss of a row is
 
 and the loss is the sum over rows divided by the trained tokens of the whole step. On policy, the expected gradient of
 all three is the gradient of KL(student || teacher) at the visited positions, exactly; they differ in variance.
+`advantage_clip` bounds t - s in the first two, and `turn_balance` gives the rows weights other than 1.
 """
 
 from __future__ import annotations
@@ -61,19 +62,20 @@ def reverse_kl_loss(
     with torch.no_grad():
         raw_ratio_N = (s_N - b_N).exp()
         r_N = raw_ratio_N.clamp(max=config.rho)
+    clip = float("inf") if config.advantage_clip is None else config.advantage_clip
     if config.type == "sampled":
-        teacher_N = -r_N * (t_N - s_N).detach() * s_N
+        teacher_N = -r_N * (t_N - s_N).detach().clamp(-clip, clip) * s_N
     elif config.type == "topk":
-        teacher_N = _topk_rows(logprobs_NV, s_N, t_N, r_N, targets_N, batch)
+        teacher_N = _topk_rows(logprobs_NV, s_N, t_N, r_N, targets_N, batch, clip)
     else:
         teacher_N = _full_rows(logprobs_NV, teacher_logprobs_NV)
     rows_N = config.teacher_tau * teacher_N
     if config.adv_tau:
         rows_N = rows_N - r_N * config.adv_tau * batch.advantages_N.to(device, dtype) * s_N
-    return LossOutput(
-        loss=rows_N.sum() / num_trained_step,
-        metrics_N=_row_metrics(logprobs_NV, s_N, t_N, b_N, raw_ratio_N, config.rho),
-    )
+    metrics_N = _row_metrics(logprobs_NV, s_N, t_N, b_N, raw_ratio_N, config.rho)
+    if config.advantage_clip is not None:
+        metrics_N["advantage_clipped"] = ((s_N - t_N).detach().abs() > clip).to(dtype)
+    return LossOutput(loss=(batch.weights_N.to(device, dtype) * rows_N).sum() / num_trained_step, metrics_N=metrics_N)
 
 
 def _topk_rows(
@@ -83,6 +85,7 @@ def _topk_rows(
     r_N: torch.Tensor,
     targets_N: torch.Tensor,
     batch: Batch,
+    clip: float,
 ) -> torch.Tensor:
     """With d_v = log p_student(v) - log p_teacher(v) and any baseline c that does not depend on the sampled token,
 
@@ -97,14 +100,14 @@ def _topk_rows(
     teacher_NK = batch.topk_logprobs_NK.to(logprobs_NV)
     student_NK = logprobs_NV.gather(-1, ids_NK)
     p_NK = student_NK.exp()
-    d_NK = (student_NK - teacher_NK).detach()
+    d_NK = (student_NK - teacher_NK).detach().clamp(-clip, clip)
     with torch.no_grad():
         tail_N = 1 - p_NK.sum(-1).clamp(max=MAX_HEAD_MASS)
         teacher_tail_N = 1 - teacher_NK.exp().sum(-1).clamp(max=MAX_HEAD_MASS)
         c_N = (p_NK * d_NK).sum(-1) + tail_N * (tail_N.log() - teacher_tail_N.log())
         in_tail_N = ~(ids_NK == targets_N[:, None]).any(-1)
     head_N = (p_NK * (d_NK - c_N[:, None])).sum(-1)
-    sampled_N = r_N * ((s_N - t_N).detach() - c_N) * s_N
+    sampled_N = r_N * ((s_N - t_N).detach().clamp(-clip, clip) - c_N) * s_N
     return head_N + torch.where(in_tail_N, sampled_N, torch.zeros_like(sampled_N))
 
 

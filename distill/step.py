@@ -86,7 +86,7 @@ async def collect(
     tokens_before = parts.teacher.num_tokens
     episodes = await run_episodes(
         jobs,
-        make_env=lambda: parts.make_env(verify=not config.skip_verification),
+        make_env=lambda: parts.make_env(verify=not config.skip_verification, step=step),
         make_actor=lambda: TokenActor(parts.renderer, parts.policy, sampling_of(parts)),
         max_concurrent=config.rollout.max_concurrent,
         on_episode=ended,

@@ -64,6 +64,7 @@ class Student:
         self.device = self.rows.device
         self.model: Any = model
         self.has_lora = config.student.lora is not None
+        self.is_quantized = bool(getattr(model, "is_quantized", False))
         if config.student.lora is not None:
             self.model = _with_lora(model, config.student.lora)
             _refuse_adapted_ties(model)
@@ -82,7 +83,7 @@ class Student:
 
         Raises:
             OSError: there is no such model, or it has no safetensors.
-            ValueError: adapters cannot be put where `student.lora` wants them.
+            ValueError: adapters cannot be put where `student.lora` wants them, or weights not be quantised here.
         """
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -91,7 +92,11 @@ class Student:
         options: dict[str, Any] = {"trust_remote_code": False}
         if config.student.revision is not None and not Path(path).is_dir():
             options["revision"] = config.student.revision
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **options).to(device)
+        if config.student.lora is not None and config.student.lora.quantization == "nf4":
+            options |= {"quantization_config": _nf4(dtype, device), "device_map": {"": device}}
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **options)
+        if "device_map" not in options:
+            model = model.to(device)
         has_tokenizer = not Path(path).is_dir() or any(Path(path).glob("tokenizer*"))
         tokenizer = AutoTokenizer.from_pretrained(path, **options) if has_tokenizer else None
         return cls(model, config, tokenizer=tokenizer, ranks=ranks)
@@ -146,7 +151,9 @@ class Student:
 
     def _train_step(self, episodes: Sequence[Episode], step: int) -> Metrics:
         began = time.monotonic()
-        items = items_of(episodes, group_advantages(episodes) if self.config.loss.adv_tau else None)
+        loss_config = self.config.loss
+        advantages = group_advantages(episodes) if loss_config.adv_tau else None
+        items = items_of(episodes, advantages, turn_balance=loss_config.turn_balance)
         num_trained = sum(item.trace.num_trained for item in items)
         if not num_trained:
             raise NumericError(f"step {step}: no trained token in {_names([e.id for e in episodes])}")
@@ -322,14 +329,16 @@ class Student:
 
     def save(self, folder: Path) -> None:
         """Write `model/` (opens with `from_pretrained`), `optimizer.safetensors` and, with LoRA, the unmerged
-        `adapter.safetensors`. The same files from one rank and from several."""
+        `adapter.safetensors`. Of a quantised model, which merging would round, the adapters alone. One rank and several
+        write the same files."""
         with self.ranks.call("save"):
-            self.save_weights(folder / "model")
+            if not self.is_quantized:
+                self.save_weights(folder / "model")
+                if self.tokenizer is not None and self.ranks.leads:
+                    self.tokenizer.save_pretrained(folder / "model")
             self._save_tensors(self.optimizer.state(), folder / "optimizer.safetensors")
             if self.has_lora:
                 self._save_tensors(self.parameters, folder / "adapter.safetensors")
-            if self.tokenizer is not None and self.ranks.leads:
-                self.tokenizer.save_pretrained(folder / "model")
 
     def _save_tensors(self, tensors: Mapping[str, torch.Tensor], file: Path) -> None:
         whole = {name: self.ranks.whole(tensor.detach()).contiguous() for name, tensor in tensors.items()}
@@ -351,18 +360,32 @@ class Student:
         """
         from distill.checkpoint import CheckpointError
 
+        path = checkpoint.path / "optimizer.safetensors"
+        with self.ranks.call("restore", path=str(checkpoint.path), rng=checkpoint.rng):
+            self.restore_weights(checkpoint)
+            try:
+                self.optimizer.load_state(self.ranks.read(lambda: load_file(path)), self.ranks.place)
+            except (ValueError, OSError) as error:
+                raise CheckpointError(f"{checkpoint.path} does not fit this student: {error}") from error
+            checkpoint.restore_rng(self.ranks.rank)
+
+    def restore_weights(self, checkpoint: Checkpoint) -> None:
+        """The weights alone: nothing to train on with.
+
+        Raises:
+            CheckpointError: it belongs to another model or another `student` configuration.
+        """
+        from distill.checkpoint import CheckpointError
+
         path = checkpoint.path
-        with self.ranks.call("restore", path=str(path), rng=checkpoint.rng):
+        with self.ranks.call("restore_weights", path=str(path)):
             try:
                 if self.has_lora:
                     self._load(self.ranks.read(lambda: load_file(path / "adapter.safetensors")), self.parameters)
                 else:
                     self._load(self.ranks.read(lambda: _weights_in(path / "model")), self._causal_lm.state_dict())
-                state = self.ranks.read(lambda: load_file(path / "optimizer.safetensors"))
-                self.optimizer.load_state(state, self.ranks.place)
             except (ValueError, RuntimeError, OSError) as error:
                 raise CheckpointError(f"{path} does not fit this student: {error}") from error
-            checkpoint.restore_rng(self.ranks.rank)
 
     @torch.no_grad()
     def _load(self, saved: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> None:
@@ -376,6 +399,24 @@ def _dtype(name: str, device: str) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if device == "cuda" else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def _nf4(dtype: torch.dtype, device: str) -> Any:
+    """4-bit normal floats with doubly quantised scales: QLoRA, arXiv 2305.14314, section 3."""
+    import importlib.util
+
+    from transformers import BitsAndBytesConfig
+
+    if device != "cuda":  # there, bitsandbytes packs the weights for inference, and gradients stop at them
+        raise ValueError('student.lora.quantization "nf4" needs a GPU; "none" trains the same adapters')
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError("student.lora.quantization \"nf4\" needs bitsandbytes: pip install -e '.[qlora]'")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
 
 
 def _with_lora(model: PreTrainedModel, lora: LoraConfig) -> Any:

@@ -64,6 +64,8 @@ class StepRows:
                 "ratio": rows["ratio"].mean(),
                 "ratio/clipped": rows["clipped"].mean(),
             }
+        if "advantage_clipped" in rows:
+            metrics["advantage/clipped"] = rows["advantage_clipped"].mean()
         for turn in np.unique(rows["turn"]):
             metrics[f"teacher_kl/turn_{turn:.0f}"] = kl[rows["turn"] == turn].mean()
         for index, token_class in enumerate(TokenClass):

@@ -85,6 +85,8 @@ class Batch(Inputs):
     """[N] float32"""
     advantages_N: torch.Tensor
     """[N] float32; zeros (assigned, no signal) in pure distillation."""
+    weights_N: torch.Tensor
+    """[N] float32 weight of the row in the loss; their sum over the step is the number of trained tokens."""
     turns_N: torch.Tensor
     """[N] int64 turn index, for metrics."""
     classes_N: torch.Tensor

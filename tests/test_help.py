@@ -15,6 +15,7 @@ HEAVY = {"torch", "transformers", "renderers", "tokenizers", "datasets", "pyarro
 COMMANDS = [
     ("-m", "distill.run"),
     ("-m", "distill.check"),
+    ("-m", "distill.export"),
     ("-m", "distill.config"),
     ("-m", "distill.serving.embedded"),
     ("-m", "agent_loop.rollout"),

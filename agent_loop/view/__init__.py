@@ -7,6 +7,8 @@ detail.py   one episode as the page needs it: dialogue, columns of token numbers
 pieces.py   token ids -> text
 server.py   the read-only server on loopback
 export.py   the same pages in one HTML file
+trajectory.py  one episode as ATIF
 text.py     the terminal's reader
+tui.py      the terminal's screens (tui_episode.py, tui_parts.py)
 static/     the pages: ES modules, shipped as they are
 """

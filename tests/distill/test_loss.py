@@ -31,6 +31,7 @@ def rows(targets: list[int], sampling: torch.Tensor, teacher: torch.Tensor, **mo
         sampling_logprobs_N=sampling,
         teacher_logprobs_N=teacher,
         advantages_N=more.pop("advantages", torch.zeros(count, dtype=sampling.dtype)),
+        weights_N=more.pop("weights", torch.ones(count, dtype=sampling.dtype)),
         turns_N=zeros,
         classes_N=zeros,
         episodes_N=zeros,
