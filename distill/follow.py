@@ -35,7 +35,7 @@ def follow() -> int:
             obey(_build(arguments, ranks), ranks)
     except BaseException as error:
         code = exit_code_of(error)
-        if code is None and not isinstance(error, RuntimeError):
+        if code is None and not isinstance(error, RuntimeError):  # a connection that broke is not this rank's failure
             traceback.print_exc(file=sys.stderr)
         ranks.report(error, EXIT_BUG if code is None else code)
         return EXIT_BUG if code is None else code

@@ -166,7 +166,7 @@ class SeveralRanks(Ranks):
         cuda = torch.cuda.is_available()
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "cpu:gloo", timeout=COLLECTIVE)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=COLLECTIVE)
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
         self._device = "cuda" if cuda else "cpu"
@@ -183,7 +183,9 @@ class SeveralRanks(Ranks):
         self._on_loss: Callable[[], None] = lambda: None
         partners = range(1, self.size) if self.leads else (0,)
         self._watchers = [threading.Thread(target=self._watch, args=(rank,), daemon=True) for rank in partners]
-        if not self.leads:  # the leader decides what a signal means
+        if self.leads:
+            signal.signal(signal.SIGTERM, self._terminate)
+        else:  # the leader decides what a signal means
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         for watcher in self._watchers:
@@ -321,7 +323,7 @@ class SeveralRanks(Ranks):
                 yield
             except BaseException as error:
                 self._broken = True
-                if isinstance(error, RuntimeError) or isinstance(error.__cause__, RuntimeError):
+                if isinstance(error, RuntimeError | KeyboardInterrupt) or isinstance(error.__cause__, RuntimeError):
                     self._was_lost.wait(NEWS_S)
                 if self._lost is not None and error is not self._lost:
                     raise self._lost from error
@@ -351,6 +353,8 @@ class SeveralRanks(Ranks):
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
         if self._lost is not None and (task.cancelled() or task.exception() is not None):
+            loop.remove_signal_handler(signal.SIGTERM)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it now, and the message is still to be said
             raise self._lost
         return task.result()
 
@@ -404,6 +408,11 @@ class SeveralRanks(Ranks):
             os._exit(EXIT_RANK)
         elif news["at_once"]:
             os._exit(self._code)  # the leader's exit code is the one that counts
+
+    def _terminate(self, number: int, frame: object) -> None:
+        """torchrun sends SIGTERM to all when one rank died; who died is better news than that."""
+        if not self._was_lost.wait(1.0):
+            raise KeyboardInterrupt
 
     def _lose(self, rank: int, news: Mapping[str, Any]) -> None:
         self._lost = lost = RankError(f"rank {rank} of {self.size} failed: {news['failure']}", int(news["code"]))
