@@ -180,7 +180,7 @@ class SeveralRanks(Ranks):
         self._code = 0
         self._lost: RankError | None = None
         self._was_lost = threading.Event()
-        self._on_loss: Callable[[], None] = lambda: None
+        self._on_loss: Callable[[], object] = lambda: None
         partners = range(1, self.size) if self.leads else (0,)
         self._watchers = [threading.Thread(target=self._watch, args=(rank,), daemon=True) for rank in partners]
         if self.leads:
