@@ -42,6 +42,7 @@ bench: dev  ## the figures of bench/README.md, quick sizes
 	$(PY) -m bench.loss
 	$(PY) -m bench.loss_cost --quick
 	$(PY) -m bench.step
+	$(PY) -m bench.trainer --quick
 	$(PY) -m bench.browse --pages 50
 
 setup: $(VENV)/.setup

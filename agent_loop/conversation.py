@@ -146,9 +146,12 @@ class TokenActor:
         assert self._builder is not None, "begin comes first"
         return self._builder
 
-    def _record(self, completion: Completion, parsed: ParsedTurn, sample_s: float) -> Turn:
+    def _record(self, completion: Completion, parsed: ParsedTurn, sample_s: float, *, written: bool = False) -> Turn:
         trace = self._trace.index
-        start, end = self._trace.add_completion(completion, turn=self._index)
+        if written:  # by a person: there is nothing of it to train on
+            start, end = self._trace.add_written(completion.token_ids, turn=self._index)
+        else:
+            start, end = self._trace.add_completion(completion, turn=self._index)
         self._completion = completion
         self._messages.append(parsed.message.to_message())
         self._reasoned |= parsed.message.reasoning is not None

@@ -67,6 +67,24 @@ class TraceBuilder:
         self._topk.extend(completion.topk or [None] * len(completion.token_ids))
         return start, len(self._ids)
 
+    def add_written(self, token_ids: Sequence[int], *, turn: int) -> tuple[int, int]:
+        """Append a turn that nobody sampled (an edited one of a fork): never trained on, without log-probabilities.
+
+        Returns:
+            As `add_completion`.
+
+        Raises:
+            ValueError: as `add_completion`.
+        """
+        if self._answered:
+            raise ValueError(f"TraceBuilder: turn {turn} was written behind a prompt that is answered already")
+        self._answered = True
+        start = len(self._ids)
+        self._grow(token_ids, SegmentSource.ASSISTANT, turn)
+        self._versions.extend([None] * len(token_ids))
+        self._topk.extend([None] * len(token_ids))
+        return start, len(self._ids)
+
     def extend(self, glue_ids: Sequence[int], tool_ids: Sequence[int], *, turn: int) -> None:
         """Append template tokens and the environment's answer after turn `turn`; never trained on.
 

@@ -190,6 +190,8 @@ def build(config: RunConfig, console: Console, folder: Path) -> Parts:
         student = load_student(config, student_path, teacher_path, ranks)
     if ranks.size > 1:
         console.say(f"the student is split over {ranks.size} processes (FSDP2)")
+    if student.padded_because is not None:
+        console.say(f"micro-batches are padded, not packed: {student.padded_because}")
     env = make_env(config, verify=False)
     place = Place(config=config, folder=folder, lora_modules=student.adapted_modules)
     student_endpoint = place.student(student, student_path, renderer)

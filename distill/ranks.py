@@ -89,9 +89,9 @@ class Ranks:
     def reshard(self, rows: RowModel) -> None:
         """Let go of gathered weights, after a forward pass that no backward pass followed."""
 
-    def share(self, items: Sequence[TrainItem], max_tokens: int) -> list[Share]:
+    def share(self, items: Sequence[TrainItem], max_tokens: int, *, packed: bool) -> list[Share]:
         """This rank's micro-batches: the same number on all ranks."""
-        return [(group, True) for group in split_micro_batches(items, max_tokens)]
+        return [(group, True) for group in split_micro_batches(items, max_tokens, packed=packed)]
 
     def agree(self, problem: str | None) -> str | None:
         """The first rank's problem that has one: the same answer on all ranks."""
@@ -226,9 +226,10 @@ class SeveralRanks(Ranks):
     def reshard(self, rows: RowModel) -> None:
         rows.reshard()  # type: ignore[operator]  # `fully_shard` made it a FSDPModule; its layers do so by themselves
 
-    def share(self, items: Sequence[TrainItem], max_tokens: int) -> list[Share]:
+    def share(self, items: Sequence[TrainItem], max_tokens: int, *, packed: bool) -> list[Share]:
         tokens = sum(item.num_inputs for item in items)
-        groups = split_micro_batches(items, min(max_tokens, -(-tokens // self.size)))  # something for each rank
+        each = min(max_tokens, -(-tokens // self.size))  # something for each rank
+        groups = split_micro_batches(items, each, packed=packed)
         own = [(group, True) for group in groups[self.rank :: self.size]]
         shortest = min(items, key=lambda item: item.num_inputs)
         rounds = -(-len(groups) // self.size)

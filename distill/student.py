@@ -106,6 +106,13 @@ class Student:
         """The `transformers` model, without PEFT's wrapper around it."""
         return self.rows.model
 
+    @property
+    def padded_because(self) -> str | None:
+        """Why the traces of a micro-batch are padded; None where they lie end to end. A teacher of
+        `loss.type = "full"` sees the same rows, so it has its say."""
+        teacher = None if self._teacher is None else self._teacher.padded_because
+        return self.rows.padded_because or teacher
+
     def set_teacher(self, model: PreTrainedModel) -> None:
         """The teacher of `loss.type = "full"`: it sees the student's inputs, and no system prompt of its own.
 
@@ -162,8 +169,10 @@ class Student:
         self._causal_lm.train()
         self.optimizer.zero_grad()
         try:
-            for group, counts in self.ranks.share(items, self.config.optim.micro_batch_tokens):
-                loss += self._accumulate(collate(group), counts, num_trained, rows, episodes, step)
+            packed = self.ranks.agree(self.padded_because) is None
+            for group, counts in self.ranks.share(items, self.config.optim.micro_batch_tokens, packed=packed):
+                batch = collate(group, packed=packed)
+                loss += self._accumulate(batch, counts, num_trained, rows, episodes, step)
             grad_norm = self.optimizer.clip()
             if not grad_norm < float("inf"):
                 names = self.optimizer.non_finite()
@@ -253,6 +262,7 @@ class Student:
             model = model.merge_and_unload()
         if self.config.student.gradient_checkpointing:
             model.gradient_checkpointing_disable()
+        model.set_attn_implementation(self.rows.attention)
         served: PreTrainedModel = model.eval().requires_grad_(False)
         return served
 
@@ -289,7 +299,9 @@ class Student:
 
         weights = self.state_dict_for_serving()
         dtype = next(iter(weights.values())).dtype
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(self._causal_lm.config, dtype=dtype)
+        config = copy.deepcopy(self._causal_lm.config)
+        options = {"dtype": dtype, "attn_implementation": self.rows.attention}
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **options)
         odd = model.load_state_dict(weights, strict=False).unexpected_keys  # tied weights are there once
         assert not odd, odd
         return model.to(self.device).eval().requires_grad_(False)

@@ -56,14 +56,18 @@ class TeacherScorer(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
-    """Traces, padded on the right, and the rows of them whose prediction is wanted.
+    """Traces, and the rows of them whose prediction is wanted: end to end in one sequence (packed), or each a
+    sequence of its own (padded).
 
-    Row n predicts token `targets_N[n]` from position `pos_N[n]` of sequence `seq_N[n]`: the token stands at
-    `pos_N[n] + 1`.
+    Row n predicts token `targets_N[n]` from position `pos_N[n]` of sequence `seq_N[n]`: of the same trace, the token
+    that follows.
     """
 
     input_ids_BT: torch.Tensor
-    """[B, T] int64, padded with 0 on the right; the last token of a trace is never an input."""
+    """[B, T] int64; the last token of a trace is never an input. Packed: B = 1, nothing between traces. Padded: with 0
+    on the right."""
+    boundaries: torch.Tensor | None = None
+    """[S + 1] int64, on the CPU: trace s is [boundaries[s], boundaries[s + 1]) of the one sequence. None: padded."""
     seq_N: torch.Tensor
     """[N] int64"""
     pos_N: torch.Tensor
@@ -78,7 +82,7 @@ class Batch(Inputs):
     by one."""
 
     lengths_B: torch.Tensor
-    """[B] int64, valid inputs."""
+    """[S] int64, inputs of each trace, in order; B of them where they are padded."""
     sampling_logprobs_N: torch.Tensor
     """[N] float32"""
     teacher_logprobs_N: torch.Tensor

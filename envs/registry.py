@@ -105,7 +105,7 @@ def make(id: str, **kwargs: Any) -> ToolEnv:
     Raises:
         RegistryError: unknown, not importable, no `ToolEnv`, or not to be made with these arguments.
     """
-    if _is_path(id):
+    if is_path(id):
         from envs.folder import FolderEnv
 
         folder = Path(id).expanduser()
@@ -200,7 +200,7 @@ def exists(id: str) -> None:
     Raises:
         RegistryError: no environment of that name, no folder at that path.
     """
-    if not _is_path(id):
+    if not is_path(id):
         spec(id)
     elif not Path(id).expanduser().is_dir():
         raise RegistryError(f"no folder {id}; make one: python -m envs new {Path(id).name or 'my_env'}")
@@ -224,7 +224,8 @@ def _of_plugin(point: EntryPoint) -> EnvEntry:
     return EnvEntry(id=point.name, entry_point=point.value, source="plug-in", loader=point.load, problem=problem)
 
 
-def _is_path(id: str) -> bool:
+def is_path(id: str) -> bool:
+    """Whether an environment is named by the folder of its code."""
     return id.startswith((".", "~", os.sep)) or (os.sep in id and id not in _entries and Path(id).is_dir())
 
 

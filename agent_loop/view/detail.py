@@ -13,7 +13,7 @@ import msgspec
 from agent_loop.scoring import IMPOSSIBLE
 from agent_loop.view.index import Index
 from agent_loop.view.pieces import Pieces
-from agent_loop.view.rows import Row, exact, scale_of
+from agent_loop.view.rows import FORKS, Row, exact, scale_of
 
 NUM_WORST = 100
 
@@ -23,7 +23,8 @@ MARKS = {"masked": 0, "scored": 1, "unscored": 2, "unusable": 3}
 
 def run_page(index: Index, runs: list[Path]) -> dict[str, Any]:
     rows = index.rows()
-    good = [row for row in rows if row.problem is None]
+    good = [row for row in rows if row.problem is None and row.file != FORKS]
+    forks = [row for row in rows if row.problem is None and row.file == FORKS]
     return {
         "version": index.version,
         "scale": scale_of(good),
@@ -34,7 +35,8 @@ def run_page(index: Index, runs: list[Path]) -> dict[str, Any]:
                 "evals": evals_of(path / "evals.jsonl"),
                 "about": _about(path),
                 "episodes": sum(row.run == run for row in good),
-                "problems": sum(row.run == run for row in rows) - sum(row.run == run for row in good),
+                "problems": sum(row.run == run and row.problem is not None for row in rows),
+                "forks": sum(row.run == run for row in forks),
                 "failed": sum(row.run == run and row.error is not None for row in good),
                 "unusable": sum(row.unusable for row in good if row.run == run),
                 "stops": Counter(row.stop for row in good if row.run == run),
@@ -199,10 +201,21 @@ def _topk(topk: dict[str, Any] | None) -> list[list[tuple[int, float]] | None] |
     ]
 
 
-def prompt_page(index: Index, row: Row, pieces: Pieces | None) -> dict[str, Any]:
-    """The whole text of each trace, decoded from its ids: what the model read, as far as text can say it."""
+def prompt_page(index: Index, row: Row, pieces: Pieces | None, turn: int) -> dict[str, Any]:
+    """What the model read before a turn, decoded from its ids as a whole; `text` is null without a tokenizer.
+
+    Raises:
+        LookupError: there is no such turn, or its tokens are not known.
+    """
     value = exact(index.raw(row))
+    if not 0 <= turn < len(value["turns"]):
+        raise LookupError(f"there is no turn {turn}")
+    played = value["turns"][turn]
+    if played["trace"] is None or played["start"] is None or not 0 <= played["trace"] < len(value["traces"]):
+        raise LookupError(f"the tokens of turn {turn} are not known")
+    ids = value["traces"][played["trace"]]["token_ids"][: played["start"]]
     return {
         "tokenizer": pieces.name if pieces else None,
-        "texts": [pieces.whole(trace["token_ids"]) if pieces else None for trace in value["traces"]],
+        "tokens": len(ids),
+        "text": pieces.whole(ids) if pieces else None,
     }

@@ -21,8 +21,8 @@ from agent_loop.view.index import Index
 from agent_loop.view.pieces import Pieces
 from agent_loop.view.rows import Row
 
-MODULES = ("dom.js", "api.js", "markdown.js", "tokens.js", "charts.js", "run.js", "list.js", "dialogue.js",
-           "playback.js", "episode.js", "compare.js", "app.js")  # fmt: skip
+MODULES = ("dom.js", "api.js", "markdown.js", "tokens.js", "charts.js", "run.js", "list.js", "whatif.js", "dialogue.js",
+           "playback.js", "episode.js", "compare.js", "page.js", "app.js")  # fmt: skip
 """A module stands after those it imports."""
 
 _IMPORT = re.compile(r'^import \{[^}]*\} from "\./[a-z]+\.js";\n', re.MULTILINE)

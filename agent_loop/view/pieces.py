@@ -18,6 +18,7 @@ class Pieces:
         from tokenizers import Tokenizer
 
         self.name = f"{path.parent.parent.name}/{path.parent.name}" if path.parent.name == "model" else path.parent.name
+        self.folder = path.parent
         self._tokenizer: Tokenizer = Tokenizer.from_file(str(path))
         added = self._tokenizer.get_added_tokens_decoder()
         self._added = set(added)
@@ -33,6 +34,10 @@ class Pieces:
 
     def whole(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode([i for i in ids if i < 2**32], skip_special_tokens=False))
+
+    def same_ids(self, other: Pieces) -> bool:
+        """Whether both have the same pieces under the same ids."""
+        return bool(self._tokenizer.get_vocab() == other._tokenizer.get_vocab())
 
     def _one(self, token: int) -> str:
         if token not in self._known:

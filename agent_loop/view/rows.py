@@ -26,6 +26,9 @@ WORST = 8
 EDGES = (0.5, 1.0, 2.0, 5.0, 10.0)
 """Nats. The run's colour scale is the first of these that covers 99% of its trained tokens."""
 
+FORKS = "forks.jsonl"
+"""Of a folder of episodes: what the what-if played. No part of the run's figures."""
+
 LONGEST = 300
 """Characters of a row's text: a list is no place for a megabyte."""
 

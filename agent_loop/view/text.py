@@ -20,6 +20,7 @@ from statistics import fmean
 
 from agent_loop.summary import gaps_of
 from agent_loop.types import Episode, SegmentSource, TokenTrace
+from agent_loop.view import WANTED
 
 PLAIN, DIM, YELLOW, RED = "\x1b[0m", "\x1b[2m", "\x1b[33m", "\x1b[31m"
 NOTABLE, BAD = 0.5, 2.0
@@ -46,6 +47,8 @@ def files_of(run: Path, step: int | None) -> list[Path]:
     Raises:
         FileNotFoundError: none there.
     """
+    if not run.exists():
+        raise FileNotFoundError(f"there is no run at {run}: {WANTED}")
     if run.is_file():
         return [run]
     folder = run / "episodes" if (run / "episodes").is_dir() else run

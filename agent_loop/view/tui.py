@@ -21,7 +21,7 @@ from textual.widgets import Input, Static
 from agent_loop.view.detail import episode_page
 from agent_loop.view.index import Index
 from agent_loop.view.pieces import Pieces
-from agent_loop.view.rows import Row, scale_of
+from agent_loop.view.rows import FORKS, Row, scale_of
 from agent_loop.view.search import FLAGS, NUMBERS, ROLES, TEXTS, BadQuery, find
 from agent_loop.view.tui_episode import EpisodePage
 from agent_loop.view.tui_parts import BAD, BOLD, CURSOR, PLAIN, QUIET, Page, Rows, heat, line_of, number
@@ -209,7 +209,7 @@ class Viewer(App[None]):
 
     def measure(self) -> None:
         """The run's colour scale, as of now."""
-        self.scale = scale_of([row for row in self.index.rows() if row.problem is None])
+        self.scale = scale_of([row for row in self.index.rows() if row.problem is None and row.file != FORKS])
 
     def on_mount(self) -> None:
         self.push_screen(ListPage())

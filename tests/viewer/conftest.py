@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import envs
+from agent_loop.conversation import TokenActor
+from agent_loop.episodes import EpisodeWriter, episode_from_json
+from agent_loop.policy import ScriptedPolicy
+from agent_loop.renderer import Renderer, load_renderer
+from agent_loop.rollout import EpisodeJob, run_episode
+from agent_loop.types import Episode
 from bench.viewer import episode_line
+from envs.types import Limits, Task
 from tests.runs.conftest import save_tokenizer
+from tools.pages import Page, write_pages
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -106,7 +119,11 @@ class Server:
         )
         assert self.process.stdout is not None
         self.said = self.process.stdout.readline()
-        self.url = self.said.split()[-1].rstrip("/")
+        self.opens = self.said.split()[-1]
+        """The address that was printed; of a server with --what-if it holds the token."""
+        self.url, _, fragment = self.opens.partition("/#")
+        self.url = self.url.rstrip("/")
+        self.token = fragment.rpartition("/")[2]
         self.port = int(self.url.rpartition(":")[2])
 
     def stop(self) -> None:
@@ -119,3 +136,91 @@ def server(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serv
     found = Server(str(run), "--cache", str(tmp_path_factory.mktemp("cache")))
     yield found
     found.stop()
+
+
+# A run whose episodes were played on a recording, so that they can be played again
+
+SITE = "https://registry.test"
+LIMITS = {"max_turns": 5, "max_turn_tokens": 400, "max_tool_output_chars": 2000}
+
+
+def call(name: str, **arguments: Any) -> str:
+    return "<tool_call>" + json.dumps({"name": name, "arguments": arguments}) + "</tool_call>"
+
+
+TURNS = (
+    call("browse", url=f"{SITE}/"),
+    call("browse", url="1"),
+    call("find", text="Acme"),
+    call("submit_answer", answer="Acme"),
+)
+
+
+@dataclass(frozen=True)
+class Played:
+    """A run of one played episode, `1/t/0`: two pages, a search in the second, the answer."""
+
+    path: Path
+    tokenizer: Path
+
+    @property
+    def file(self) -> Path:
+        return self.path / "episodes" / "step_000001.jsonl"
+
+    @property
+    def forks(self) -> Path:
+        return self.path / "episodes" / "forks.jsonl"
+
+    @property
+    def store(self) -> Path:
+        return self.path / "pages.jsonl"
+
+    def episode(self) -> Episode:
+        return episode_from_json(json.loads(self.file.read_bytes().splitlines()[0]))
+
+    def configure(self, **changes: Any) -> None:
+        browse = {"mode": "record", "store": str(self.store), "tools": [], "engine": "http"}
+        config = {"env": "medbrowse", "env_args": {"browse": browse}, "rollout": LIMITS, "skip_verification": False}
+        (self.path / "config.json").write_text(json.dumps(config | changes))
+
+
+def write_store(path: Path, maker: str = "Acme") -> None:
+    write_pages(
+        path,
+        [
+            Page(url=f"{SITE}/", body="", text="[The drug](/drug) is here", title="Home"),
+            Page(url=f"{SITE}/drug", body=f"<main><h1>Abc</h1><p>Made by {maker}</p><p>{escape(HOSTILE)}</p></main>"),
+        ],
+    )
+
+
+def script(renderer: Renderer, *texts: str) -> ScriptedPolicy:
+    ids = [[*renderer.encode(text), renderer.close_id] for text in texts]
+    return ScriptedPolicy(ids, stop_token_ids=renderer.stop_token_ids)
+
+
+@pytest.fixture
+def played(tmp_path: Path, tiny_tokenizer: Path) -> Played:
+    found = Played(tmp_path / "played", tiny_tokenizer)
+    (found.path / "episodes").mkdir(parents=True)
+    model = found.path / "checkpoints" / "step_000001" / "model"
+    model.parent.mkdir(parents=True)
+    model.symlink_to(tiny_tokenizer)
+    write_store(found.store)
+    found.configure()
+    renderer = load_renderer(tiny_tokenizer)
+    browse = {"mode": "replay", "store": str(found.store), "tools": []}
+    env = envs.make("medbrowse", limits=Limits(**LIMITS), browse=browse, skip_verification=False)
+    question = {"role": "user", "content": f"Who makes Abc? Start at {SITE}/"}
+    task = Task(id="t", messages=(question,), metadata={"answer": "Acme", "question_type": "Ingredient"})
+    job = EpisodeJob(task=task, step=1, seed=7)
+    playing = run_episode(job, env, TokenActor(renderer, script(renderer, *TURNS)))
+    with ThreadPoolExecutor() as thread:  # Playwright has an event loop in this one
+        episode = thread.submit(asyncio.run, playing).result()
+    assert episode.rewards == {"success": 1.0, "answered": 1.0}
+    [trace] = episode.traces
+    trace.teacher_logprobs = [-0.5 if trained else None for trained in trace.loss_mask]
+    writer = EpisodeWriter(found.file)
+    writer.append(episode)
+    writer.close()
+    return found

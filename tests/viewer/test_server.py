@@ -82,6 +82,7 @@ def test_another_site(server: Server, headers: dict[str, str]) -> None:
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "TRACE", "PATCH", "HACK"])
 def test_only_reading(server: Server, method: str) -> None:
     assert ask(server, "/api/run", method)[0] in (400, 405)
+    assert ask(server, "/api/what-if", method)[0] in (400, 405)
 
 
 @pytest.mark.parametrize(
@@ -132,8 +133,12 @@ def test_an_episode(server: Server) -> None:
     assert len(trace["texts"]) == len(set(trace["ids"]))
     raw = ask(server, f"/api/raw/{marked}")[1]
     assert json.loads(raw)["traces"][0]["token_ids"] == trace["ids"]
-    prompt = value_of(server, f"/api/prompt/{marked}")
-    assert len(prompt["texts"]) == 1
+    first, second = page["episode"]["turns"][:2]
+    prompts = [value_of(server, f"/api/prompt/{marked}?turn={turn}") for turn in (0, 1)]
+    assert [prompt["tokens"] for prompt in prompts] == [first["start"], second["start"]]
+    assert prompts[1]["text"].startswith(prompts[0]["text"][:-10])
+    assert ask(server, f"/api/prompt/{marked}?turn=99")[0] == 404
+    assert ask(server, f"/api/prompt/{marked}?turn=x")[0] == 400
     assert value_of(server, "/api/run")["runs"][0]["metrics"]["bad"] == 1
 
 
@@ -203,7 +208,11 @@ def test_refusals_of_the_command(run: Path, tmp_path: Path, capsys: pytest.Captu
     for host in ("0.0.0.0", "::", "192.168.0.1", "example.org"):
         assert main([str(run), "--host", host]) == 2
     assert main([str(tmp_path / "none")]) == 2
-    assert "loopback only" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "loopback only" in said
+    assert f"there is no run at {tmp_path / 'none'}: wanted is a run's folder" in said
+    assert main([str(tmp_path), "--cache", str(tmp_path / "cache")]) == 2
+    assert f"no episodes in {tmp_path}: wanted is" in capsys.readouterr().err
 
 
 def test_nothing_heavy_is_loaded(run: Path, tmp_path: Path) -> None:

@@ -197,7 +197,7 @@ def test_a_message_api_s_calls_are_shown(tmp_path: Path, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{run}/none"], "no episode files"),
+        (["{run}/none"], "none: wanted is a run's folder"),
         (["{run}", "--step", "7"], "no episode files (*_000007.jsonl)"),
         (["{run}", "9/z/9"], "no episode '9/z/9'"),
         (["{run}", "2"], "no episode '2'"),

@@ -17,6 +17,31 @@ export async function get(path) {
   return value;
 }
 
+// What the server lets a page do that was opened with the address that the command printed; null: nothing.
+let token = null;
+export const mayFork = () => token !== null;
+
+// Takes the token out of the address: it is in no permalink and no history.
+export function takeToken() {
+  const found = /^#\/what-if\/([\w-]+)$/.exec(location.hash);
+  try {
+    if (found) sessionStorage.setItem("what-if", found[1]);
+    token = exported ? null : sessionStorage.getItem("what-if");
+  } catch {
+    token = found ? found[1] : null;
+  }
+  if (found) history.replaceState(null, "", "#/run");
+}
+
+// Plays a fork; the answer has its key. Throws an Error with the server's words.
+export async function fork(key, turn, text) {
+  const response = await fetch("/api/what-if", { method: "POST", headers: { "content-type": "application/json", "x-what-if": token }, body: JSON.stringify({ key, turn, text }) });
+  const said = await response.text();
+  if (!(response.headers.get("content-type") || "").includes("json")) throw new Error(said);
+  if (!response.ok) throw new Error(JSON.parse(said).error);
+  return JSON.parse(said);
+}
+
 // "#/episode/KEY?token=5" -> {path: ["episode", "KEY"], query: URLSearchParams}
 export function readHash() {
   const [path, query] = location.hash.replace(/^#\/?/, "").split("?");

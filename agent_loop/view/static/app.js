@@ -1,17 +1,18 @@
 // Routes, keys, theme, follow mode.
 
 import { h, say } from "./dom.js";
-import { exported, get, readHash } from "./api.js";
+import { exported, get, readHash, takeToken } from "./api.js";
 import { runPage } from "./run.js";
 import { listPage } from "./list.js";
 import { episodePage } from "./episode.js";
 import { comparePage } from "./compare.js";
+import { storedPage } from "./page.js";
 
-const ROUTES = new Map([["run", runPage], ["episodes", listPage], ["episode", episodePage], ["compare", comparePage]]);
+const ROUTES = new Map([["run", runPage], ["episodes", listPage], ["episode", episodePage], ["compare", comparePage], ["page", storedPage]]);
 const HELP = [
   ["1 2", "run, episodes"], ["j k", "next, previous turn or row"], ["Enter", "open the row"], ["h l", "previous, next token"], ["[ ]", "previous, next token with a high KL"],
   ["n p", "next, previous episode"], ["t", "tokens or dialogue"], ["w r", "worst tokens, raw"], ["m", "show the mask"], ["Space", "play, pause"], [", .", "step back, forward"],
-  ["o e", "fold tool output, reasoning"], ["/ f", "search and filter"], ["x", "choose a row"], ["d", "compare"], ["u s", "in a comparison: unfold, swap"], ["y", "copy the link"],
+  ["o e", "fold tool output, reasoning"], ["/ f", "search and filter"], ["x", "choose a row"], ["d", "compare"], ["u s", "in a comparison: unfold, swap"], ["y", "copy the link"], ["i", "what if this turn were another"],
   ["c", "copy as Markdown"], ["g G", "first, last"], ["T", "dark, light"], ["? Esc", "this help"],
 ];
 let page = null;
@@ -19,6 +20,7 @@ let turnOfPage = 0;
 const outlet = h("div", { id: "outlet" });
 
 async function route() {
+  takeToken();
   const mine = ++turnOfPage;
   const { path, query } = readHash();
   const open = ROUTES.get(path[0]) || (exported ? listPage : runPage);

@@ -2,15 +2,15 @@
 
 import { h, number, oneLine } from "./dom.js";
 import { get } from "./api.js";
+import { forkText } from "./whatif.js";
 import { inspector, legend, tokenView } from "./tokens.js";
 
 export async function comparePage({ path }) {
   const [left, right, run] = await Promise.all([get(`/api/episode/${path[1]}`), get(`/api/episode/${path[2]}`), get("/api/run")]);
   if (left.problem || right.problem) throw new Error("one of the two lines is no episode");
   const pages = [left, right];
-  const traces = pages.map((page) => page.traces[0]);
-  const shared = traces.every(Boolean) ? sharedPrefix(traces[0].ids, traces[1].ids) : 0;
-  const same = traces.every((trace) => trace && trace.ids.length === shared);
+  const { index, shared, same } = firstDifference(left.traces, right.traces);
+  const traces = pages.map((page) => page.traces[index]);
   const views = [];
   const columns = pages.map((page, side) => {
     const panel = h("div", { class: "panel" });
@@ -22,7 +22,8 @@ export async function comparePage({ path }) {
   });
   const unfold = h("button", { onclick: () => { views.forEach((view) => view?.unfold()); unfold.remove(); } }, `show the ${number(shared)} shared tokens`);
   const element = h("main", { class: "compare" }, h("div", { class: "toolbar" },
-    h("b", {}, same ? "The same tokens throughout" : `First difference at token ${number(shared)}`), shared ? unfold : null, legend(run.scale)),
+    h("b", {}, same ? "The same tokens throughout" : `First difference at token ${number(shared)}${index ? ` of trace ${index}` : ""}`), shared ? unfold : null, legend(run.scale)),
+    pages.map((page) => (page.episode.metadata.fork ? h("p", { class: "quiet" }, `${oneLine(page.row.id, 80)}: ${forkText(page.episode.metadata.fork)}`) : null)),
     left.row.task === right.row.task ? null : h("p", { class: "banner" }, "These are episodes of different tasks."),
     deltas(left, right), h("div", { class: "halves" }, columns));
   return {
@@ -33,7 +34,17 @@ export async function comparePage({ path }) {
   };
 }
 
-export function sharedPrefix(a, b) {
+// The first trace in which they differ, and how many of its tokens they share; trace 0 if they never do.
+function firstDifference(left, right) {
+  for (let index = 0; index < Math.max(left.length, right.length); index++) {
+    if (!left[index] || !right[index]) return { index, shared: 0, same: false };
+    const shared = sharedPrefix(left[index].ids, right[index].ids);
+    if (shared < Math.max(left[index].ids.length, right[index].ids.length)) return { index, shared, same: false };
+  }
+  return { index: 0, shared: left[0]?.ids.length ?? 0, same: left.length > 0 };
+}
+
+function sharedPrefix(a, b) {
   let i = 0;
   while (i < a.length && i < b.length && a[i] === b[i]) i += 1;
   return i;

@@ -1,11 +1,12 @@
 // The episode page: dialogue, tokens, worst tokens, raw; a rail with KL a turn; playback.
 
 import { copy, h, number, oneLine, say, seconds, visible } from "./dom.js";
-import { exported, get, writeHash } from "./api.js";
+import { exported, get, mayFork, writeHash } from "./api.js";
 import { heatClass, inspector, legend, METRICS, segmentAt, tokenText, tokenView, worstTokens } from "./tokens.js";
 import { dialogue } from "./dialogue.js";
 import { markdownOf } from "./markdown.js";
 import { playback } from "./playback.js";
+import { forkText } from "./whatif.js";
 
 const VIEWS = ["dialogue", "tokens", "worst", "raw"];
 
@@ -29,7 +30,8 @@ export async function episodePage({ path, query }) {
   const body = h("div", { class: "viewbody" });
   const side = h("aside", { class: "side" });
   const tabs = h("nav", { class: "tabs", "aria-label": "views" });
-  const talk = dialogue({ episode, traces, scale, onTokens: openTurn, onTurn: (i) => setTurn(i, false) });
+  const talk = dialogue({ episode, traces, scale, onTokens: openTurn, onTurn: (i) => setTurn(i, false),
+    fork: mayFork() && run.what_if ? { key, model: run.what_if.model } : null, store: page.pages ? key : null });
   const rail = h("ol", { class: "rail", "aria-label": "KL by turn" }, episode.turns.map((turn, i) => railItem(turn, i)));
   const player = traces.length ? playback({ length: traces[state.trace].ids.length, places: placesOf(state.trace), go }) : null;
 
@@ -119,7 +121,7 @@ export async function episodePage({ path, query }) {
     if (name === "dialogue") body.replaceChildren(talk.element);
     else if (name === "tokens") body.replaceChildren(...tokenBody());
     else if (name === "worst") body.replaceChildren(worstBody());
-    else body.replaceChildren(rawBody(page));
+    else body.replaceChildren(rawBody(page, state.turn));
     drawSide();
     drawRail();
     remember();
@@ -184,9 +186,24 @@ export async function episodePage({ path, query }) {
       ["g", () => (view ? view.select(0) : setTurn(0, true))],
       ["G", () => (view ? view.select(view.trace.ids.length - 1) : setTurn(episode.turns.length - 1, true))],
       ["d", () => { if (page.siblings.length) location.hash = `#/compare/${key}/${page.siblings[0].key}`; else say("No other episode of this task"); }],
+      ["i", () => {
+        if (!mayFork() || !run.what_if) say("Start the viewer with --what-if, and open the address that it prints");
+        else if (episode.turns.length) {
+          if (state.view !== "dialogue") setView("dialogue");
+          talk.edit(state.turn);
+        }
+      }],
       ["y", () => copy(location.href)], ["c", () => copy(markdownOf(row, episode))],
     ]),
   };
+}
+
+// Of a fork: what it is a fork of, with the way to both side by side.
+function forkLine(page, key) {
+  const fork = page.episode.metadata.fork;
+  if (!fork || typeof fork !== "object") return null;
+  const original = page.siblings.find((one) => one.id === fork.of);
+  return h("p", { class: "quiet" }, forkText(fork), original ? [" · ", h("a", { href: `#/compare/${original.key}/${key}` }, "compare with it")] : null);
 }
 
 function heading(page, key, onMarkdown) {
@@ -198,14 +215,33 @@ function heading(page, key, onMarkdown) {
   return h("header", { class: "episodehead" }, h("div", { class: "titleline" }, h("h1", {}, oneLine(row.id, 120)), h("span", { class: "quiet" }, `${oneLine(row.env, 40)} · ${oneLine(row.file, 60)}:${row.line}`),
     h("span", { class: "actions" }, picker, h("button", { onclick: onMarkdown }, "Copy as Markdown"),
       exported ? null : h("a", { class: "button", href: `/api/export?keys=${key}`, download: "episode.html" }, "Export HTML"))),
+    forkLine(page, key),
     h("div", { class: "factline" }, facts.map(([name, value]) => h("span", {}, h("i", {}, name), " ", oneLine(value, 80)))));
 }
 
-function rawBody(page) {
+// What the model read before a turn, decoded from the ids as a whole by the server.
+function promptPart(page, turn) {
+  const out = h("div", {});
+  const choice = h("select", { "aria-label": "turn of the prompt" }, page.episode.turns.map((one, i) => h("option", { value: i, selected: i === turn }, `turn ${one.index}`)));
+  const show = async () => {
+    try {
+      const found = await get(`/api/prompt/${page.row.key}?turn=${choice.value}`);
+      out.replaceChildren(found.text === null ? h("p", { class: "banner" }, "No tokenizer was found: the prompt is its ids. Name one with --tokenizer.")
+        : h("div", {}, h("p", { class: "banner" }, `Decoded from ${number(found.tokens)} ids (${oneLine(found.tokenizer, 80)}). Copied as it is; here control characters are spelled out.`),
+          h("button", { onclick: () => copy(found.text) }, "Copy the prompt"), h("pre", { class: "prose code pagetext prompttext" }, visible(found.text))));
+    } catch (error) {
+      out.replaceChildren(h("p", { class: "banner" }, visible(error.message)));
+    }
+  };
+  return h("section", {}, h("div", { class: "toolbar" }, choice, h("button", { onclick: show }, "Show the exact prompt")), out);
+}
+
+function rawBody(page, turn) {
   const { row, traces } = page;
   const box = h("div", { class: "raw" });
   const part = (title, text) => h("details", {}, h("summary", {}, title), h("pre", { class: "prose code" }, text));
   box.append(h("p", {}, `${row.file}, line ${row.line}, ${number(row.length)} bytes at offset ${number(row.offset)}`));
+  if (!exported && page.episode.turns.length) box.append(promptPart(page, turn));
   traces.forEach((trace, i) => {
     box.append(part(`trace ${i}: ${number(trace.ids.length)} token ids, exact`, trace.ids.join(" ")));
     const text = trace.ids.slice(0, 200_000).map((id) => trace.textMap?.get(id) ?? new Map(trace.texts).get(id) ?? `#${id}`);

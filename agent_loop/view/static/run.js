@@ -38,7 +38,7 @@ function runSection(run, page, index) {
     "section", { class: "run" },
     h("h1", {}, oneLine(run.name)),
     h("p", { class: "facts" },
-      h("a", { href: query("") }, `${number(run.episodes)} episodes`), ` · ${steps.length} steps`,
+      h("a", { href: query("") }, `${number(run.episodes)} episodes`), run.forks ? [" · ", h("a", { href: query("id:#fork-") }, `${number(run.forks)} forks`)] : null, ` · ${steps.length} steps`,
       Object.entries(run.about).filter(([n]) => ["status", "student", "teacher"].includes(n)).map(([n, v]) => ` · ${n}: ${oneLine(v, 80)}`)),
     notes.length ? h("ul", { class: "notices" }, notes.map((text) => h("li", {}, text))) : null,
     h("div", { class: "charts" }, charts),
