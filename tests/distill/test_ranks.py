@@ -74,8 +74,9 @@ def assert_same_metrics(found: dict[str, Any], wanted: dict[str, Any], tolerance
 
 
 def tolerance_of(case: str) -> float:
-    """In bfloat16 gradients are rounded once a micro-batch on one rank, and adapters are computed in float32."""
-    return 0.05 if "bf16" in case else TOLERANCE
+    """In bfloat16, activations are rounded otherwise in other micro-batches, and one rank computes its adapters in
+    float32."""
+    return 0.1 if "bf16" in case else TOLERANCE
 
 
 @pytest.mark.parametrize("case", CASES)
