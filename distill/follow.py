@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from distill.failures import EXIT_OK, exit_code_of
 
 if TYPE_CHECKING:
-    from distill.ranks import SeveralRanks
+    from distill.fsdp import SeveralRanks
     from distill.student import Student
 
 EXIT_BUG = 1
@@ -26,7 +26,7 @@ def is_follower() -> bool:
 
 def follow() -> int:
     """Obey until the leader is done; the exit code. Nothing is printed but a bug's traceback: the leader speaks."""
-    from distill.ranks import SeveralRanks
+    from distill.fsdp import SeveralRanks
 
     ranks = SeveralRanks()
     try:

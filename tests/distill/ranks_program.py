@@ -21,7 +21,8 @@ from training_cases import make_episodes, run_config, tiny_model, weights_of
 from distill.checkpoint import find_latest, save_checkpoint
 from distill.config import LoraConfig, RunConfig
 from distill.follow import obey
-from distill.ranks import Ranks, SeveralRanks, join
+from distill.fsdp import SeveralRanks
+from distill.ranks import Ranks, join
 from distill.student import NumericError, Student
 
 LORA = LoraConfig(rank=4, alpha=8.0)
