@@ -24,6 +24,7 @@ from distill.cost import Activity, gpus_of
 from distill.endpoints import Endpoint, Place, publisher_for
 from distill.environment import make_env
 from distill.publish import Publisher
+from distill.ranks import Ranks, join
 from distill.ray_cluster import check_installed, players
 from distill.ray_workers import RayWorkers
 from distill.resume import TaskSet, as_records, task_sets
@@ -155,6 +156,7 @@ class Parts:
         await self.student_endpoint.aclose()
         if self.teacher_endpoint.transport is not self.student_endpoint.transport:
             await self.teacher_endpoint.aclose()
+        await asyncio.to_thread(self.student.ranks.close)
 
 
 def load_tasks(config: RunConfig) -> tuple[list[Task], list[Task]]:
@@ -177,6 +179,33 @@ def load_tasks(config: RunConfig) -> tuple[list[Task], list[Task]]:
     return tasks[0], tasks[1]
 
 
+def load_student(config: RunConfig, path: str | Path, teacher_path: str | Path, ranks: Ranks) -> Student:
+    """The student, or one rank's part of it, with the teacher of `loss.type = "full"` beside it.
+
+    Raises:
+        BuildError: it is not what the configuration asks for.
+    """
+    torch.manual_seed(config.seed)
+    np.random.seed(config.seed % 2**32)
+    random.seed(config.seed)
+    transformers.utils.logging.disable_progress_bar()
+    if config.loss.type == "full" and config.teacher.system_prompt is not None:
+        raise BuildError(
+            'loss.type: "full" scores the student\'s own inputs and cannot show the teacher teacher.system_prompt; '
+            'take "sampled" or "topk"'
+        )
+    try:
+        student = Student.load(path, config, ranks)
+    except ValueError as error:
+        raise BuildError(f"student: {error}") from error
+    if config.loss.type == "full":
+        try:
+            student.load_teacher(teacher_path)
+        except ValueError as error:
+            raise BuildError(f"teacher: {error}") from error
+    return student
+
+
 def build(config: RunConfig, console: Console, folder: Path) -> Parts:
     """Load models and lay out the servers; `Parts.start` starts them.
 
@@ -187,29 +216,16 @@ def build(config: RunConfig, console: Console, folder: Path) -> Parts:
         BuildError, ConfigError, TaskError, WorkersError: what is wrong, before anything is trained.
     """
     check_installed(config)
-    torch.manual_seed(config.seed)
-    np.random.seed(config.seed % 2**32)
-    random.seed(config.seed)
-    transformers.utils.logging.disable_progress_bar()
     train_tasks, eval_tasks = load_tasks(config)
     student_path = models.resolve(config.student.model, progress=console.say)
     teacher_config = config.teacher
     teacher_path = models.resolve(teacher_config.model or config.student.model, progress=console.say)
     renderer = load_renderer(student_path, enable_thinking=config.student.enable_thinking)
-    try:
-        student = Student.load(student_path, config)
-    except ValueError as error:
-        raise BuildError(f"student: {error}") from error
-    if config.loss.type == "full":
-        if teacher_config.system_prompt is not None:
-            raise BuildError(
-                'loss.type: "full" scores the student\'s own inputs and cannot show the teacher teacher.system_prompt; '
-                'take "sampled" or "topk"'
-            )
-        try:
-            student.load_teacher(teacher_path)
-        except ValueError as error:
-            raise BuildError(f"teacher: {error}") from error
+    ranks = join()
+    with ranks.call("build", config=config.model_dump(mode="json")):
+        student = load_student(config, student_path, teacher_path, ranks)
+    if ranks.size > 1:
+        console.say(f"the student is split over {ranks.size} processes (FSDP2)")
     if student.padded_because is not None:
         console.say(f"micro-batches are padded, not packed: {student.padded_because}")
     env = make_env(config, verify=False)
