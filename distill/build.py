@@ -21,10 +21,12 @@ from agent_loop.transport import TransportError
 from distill import models
 from distill.config import RunConfig
 from distill.console import Console
+from distill.cost import Activity, gpus_of
 from distill.endpoints import Endpoint, Place, publisher_for
 from distill.publish import Publisher
 from distill.resume import TaskSet, as_records, task_sets
 from distill.serving.fleet import Fleet
+from distill.serving.vllm import Machine
 from distill.student import Student
 from distill.teacher import HttpTeacher
 from envs.dataset import read_tasks
@@ -61,6 +63,10 @@ class Parts:
     """A fixed token sequence that server and trainer must agree on after each publication."""
     max_context: int | None
     """Tokens that the student's server takes; None where only the server knows."""
+    slots: asyncio.Semaphore
+    """`rollout.max_concurrent`, over the episodes of all steps and evaluations that are in play at once."""
+    activity: Activity = field(default_factory=Activity)
+    """Seconds in which rollouts and teacher were at work."""
     task_sets: Sequence[TaskSet] = ()
     """What `train_tasks` and `eval_tasks` were when they were read."""
     lost: list[asyncio.Future[None]] = field(default_factory=list)
@@ -71,6 +77,12 @@ class Parts:
         """The servers that may go away."""
         endpoints = (self.student_endpoint, self.teacher_endpoint)
         return list({id(e.fleet): e.fleet for e in endpoints if e.fleet is not None}.values())
+
+    def gpus(self) -> dict[str, int | None]:
+        """GPUs by role, for the estimate of what a step costs."""
+        ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        on_gpu = self.student.device.type == "cuda"
+        return gpus_of(self.config, machine_has_gpu=Machine.this().has_gpu, trainer_gpus=ranks if on_gpu else 0)
 
     def make_env(self, *, verify: bool, step: int | None = None) -> ToolEnv:
         """A fresh environment; a grader is built only with `verify`. `step`: of training, for the curriculum."""
@@ -101,8 +113,9 @@ class Parts:
 
     async def forget(self) -> None:
         """Drop what an embedded student engine has cached, so that the next step does not depend on what was asked
-        before it: a resumed run has other requests behind it than one that was never interrupted."""
-        if self.student_endpoint.engine is not None:
+        before it: a resumed run has other requests behind it than one that was never interrupted. Steps that are
+        played ahead depend on timing in any case."""
+        if self.student_endpoint.engine is not None and not self.config.rollout.max_staleness:
             await self.student_endpoint.engine.forget()
 
     async def while_served(self, work: Coroutine[Any, Any, T]) -> T:
@@ -225,6 +238,7 @@ def build(config: RunConfig, console: Console, folder: Path) -> Parts:
         task_sets=task_sets(config, train_tasks, eval_tasks),
         max_context=config.student.max_context
         or (student_endpoint.engine.limits.max_model_len if student_endpoint.engine else None),
+        slots=asyncio.Semaphore(config.rollout.max_concurrent),
     )
 
 

@@ -4,7 +4,8 @@
         model/                  opens with `from_pretrained` (weights, configuration, tokenizer; LoRA merged)
         adapter.safetensors     with LoRA: the adapters unmerged
         optimizer.safetensors   moments, and float32 masters of narrower weights
-        state.json              step, cursor into the tasks, states of the random number generators of each rank
+        state.json              step, cursor into the tasks, steps that are played and not trained on, states of the
+                                random number generators of each rank
         MANIFEST.json           size and SHA-256 of every other file; written last
 
 A checkpoint is built under another name, synced to the disk and renamed. Nothing is pickled.
@@ -47,7 +48,9 @@ class Checkpoint:
     step: int
     """Optimiser steps made; the step of metrics and trackers goes on from it."""
     cursor: int
-    """Tasks taken so far."""
+    """Tasks taken by these steps."""
+    pending: tuple[int, ...] = ()
+    """Later steps whose episodes are all played and scored, in their episode files, and not yet trained on."""
     rng: list[dict[str, Any]]
     """`rng_state` of each rank that saved it."""
 
@@ -66,6 +69,7 @@ def save_checkpoint(
     cursor: int,
     keep_last: int,
     keep_every: int = 0,
+    pending: Sequence[int] = (),
     rng: Sequence[dict[str, Any]] | None = None,
 ) -> Path:
     """Write `folder/step_<step>`, then delete all but the last `keep_last` checkpoints up to it.
@@ -85,7 +89,8 @@ def save_checkpoint(
             shutil.rmtree(leftover)
         building.mkdir()
         student.save(building)
-        state = {"step": step, "cursor": cursor, "rng": [rng_state()] if rng is None else list(rng)}
+        generators = [rng_state()] if rng is None else list(rng)
+        state = {"step": step, "cursor": cursor, "pending": list(pending), "rng": generators}
         (building / "state.json").write_text(json.dumps(state), encoding="utf-8")
         files = {path.relative_to(building).as_posix(): _digest(path) for path in _files(building)}
         for path in _files(building):
@@ -190,7 +195,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
             raise CheckpointError(f"{file}: is not of this checkpoint (the manifest does not list it)")
     state = _read_json(path / "state.json")
     try:
-        found = Checkpoint(path=path, step=state["step"], cursor=state["cursor"], rng=state["rng"])
+        pending = tuple(state.get("pending", ()))  # absent in checkpoints of before these were recorded
+        found = Checkpoint(path=path, step=state["step"], cursor=state["cursor"], pending=pending, rng=state["rng"])
     except KeyError as error:
         raise CheckpointError(f"{path / 'state.json'}: has no {error}; was it written by another version?") from None
     if not isinstance(found.rng, list):

@@ -6,7 +6,6 @@ the output head, and only a slice of them at a time.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from dataclasses import dataclass
 from typing import Any
@@ -17,14 +16,12 @@ from torch.utils.checkpoint import checkpoint
 
 from distill.attention import NotPlainCausal, row_arguments, use_packed
 from distill.config import LossConfig
+from distill.head import head_loss, slice_rows
 from distill.loss import reverse_kl_loss
 from distill.types import Batch, Inputs
 
 Rows = tuple[torch.Tensor, dict[str, torch.Tensor]]
 """A number and, per row, numbers without gradient."""
-
-MAX_LOGITS = 2**28
-"""Numbers in the logits of one slice of rows: 1 GiB of float32."""
 
 _PROBE = (0, 13, 32)
 """Boundaries of two short traces."""
@@ -39,6 +36,8 @@ class Objective:
     """Trained tokens of the whole step, over all micro-batches and ranks: the denominator."""
     teacher: RowModel | None = None
     """Of `loss.type = "full"`."""
+    temperature: float = 1.0
+    """That the targets were sampled at."""
 
 
 class RowModel(nn.Module):
@@ -94,12 +93,12 @@ class RowModel(nn.Module):
     def vocab_size(self) -> int:
         return int(self._head.weight.shape[0])
 
-    @property
-    def _slice_size(self) -> int:
-        return max(1, MAX_LOGITS // self.vocab_size)
+    def _slice_size(self, num_rows: int) -> int:
+        return slice_rows(num_rows, self.vocab_size, self.device)
 
     def _logprobs(self, features_NH: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-        parts = zip(features_NH.split(self._slice_size), targets_N.to(self.device).split(self._slice_size), strict=True)
+        size = self._slice_size(len(features_NH))
+        parts = zip(features_NH.split(size), targets_N.to(self.device).split(size), strict=True)
         return torch.cat([self.head(f).log_softmax(-1).gather(-1, t[:, None]).squeeze(-1) for f, t in parts])
 
     def _loss(self, features_NH: torch.Tensor, batch: Batch, objective: Objective) -> Rows:
@@ -108,24 +107,33 @@ class RowModel(nn.Module):
             with torch.no_grad():
                 teacher_NH = objective.teacher.features(batch)
 
+        def teacher_of(start: int, end: int) -> torch.Tensor:
+            assert objective.teacher is not None
+            assert teacher_NH is not None
+            with torch.no_grad():
+                return objective.teacher.head(teacher_NH[start:end]).log_softmax(-1)
+
+        config, num_trained = objective.config, objective.num_trained_step
+        teacher = None if teacher_NH is None else teacher_of
+        # Exactly this class: adapters, quantised and sharded layers are others, and multiply in ways of their own.
+        if self._plain and type(self._head) is nn.Linear:
+            output = head_loss(features_NH, self._head, batch, config, num_trained, teacher, objective.temperature)
+            return output.loss, output.metrics_N
+
         def of_slice(start: int, features_NH: torch.Tensor) -> Rows:
-            part = _slice(batch, start, start + len(features_NH))
-            teacher_NV = None
-            if objective.teacher is not None and teacher_NH is not None:
-                with torch.no_grad():
-                    teacher_NV = objective.teacher.head(teacher_NH[start : start + len(features_NH)]).log_softmax(-1)
+            end = start + len(features_NH)
+            teacher_NV = teacher and teacher(start, end)
             output = reverse_kl_loss(
-                self.head(features_NH), part, objective.config, objective.num_trained_step, teacher_NV
+                self.head(features_NH), batch.rows(start, end), config, num_trained, teacher_NV, objective.temperature
             )
             return output.loss, output.metrics_N
 
-        slices = features_NH.split(self._slice_size)
+        size = self._slice_size(len(features_NH))
+        slices = features_NH.split(size)
         if len(slices) == 1:
             return of_slice(0, features_NH)
-        starts = range(0, len(features_NH), self._slice_size)
         parts: list[Rows] = [
-            checkpoint(of_slice, start, part_NH, use_reentrant=False)
-            for start, part_NH in zip(starts, slices, strict=True)
+            checkpoint(of_slice, size * i, part_NH, use_reentrant=False) for i, part_NH in enumerate(slices)
         ]
         metrics_N = {name: torch.cat([metrics[name] for _, metrics in parts]) for name in parts[0][1]}
         return torch.stack([loss for loss, _ in parts]).sum(), metrics_N
@@ -207,15 +215,3 @@ class RowModel(nn.Module):
             targets_N=ids_T,
         )
         return self.head(self.features(inputs)).log_softmax(-1)
-
-
-def _slice(batch: Batch, start: int, end: int) -> Batch:
-    """Rows [start, end); the inputs stay."""
-    if start == 0 and end >= batch.num_trained:
-        return batch
-    changes = {
-        field.name: value[start:end]
-        for field in dataclasses.fields(batch)
-        if field.name.endswith(("_N", "_NK")) and (value := getattr(batch, field.name)) is not None
-    }
-    return dataclasses.replace(batch, **changes)

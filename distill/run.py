@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -38,51 +38,55 @@ UNWIND_S = 1.5
 
 async def train(parts: Parts, run: RunDir, console: Console, checkpoint: Checkpoint | None) -> None:
     """The run: check, evaluate, then `steps` times tasks -> episodes -> scores -> update -> publish -> record."""
+    from distill.cost import StepClock
+    from distill.pipeline import Pipeline
     from distill.serving.fleet import ServerLost
-    from distill.step import collect
     from distill.student import OutOfMemory
     from distill.tasks import TaskSource
 
     config = parts.config
-    first = checkpoint.step if checkpoint else 0
-    source = TaskSource(parts.train_tasks, seed=config.seed, cursor=checkpoint.cursor if checkpoint else 0)
-    saver = Saver(run, parts, console, step=first, cursor=source.cursor)
+    first, cursor, pending = (checkpoint.step, checkpoint.cursor, checkpoint.pending) if checkpoint else (0, 0, ())
+    saver = Saver(run, parts, console, step=first, cursor=cursor)
     await parts.start(console)
     await preflight(parts, console, version=first)
     stop = StopFlag(parts)
+    source = TaskSource(parts.train_tasks, seed=config.seed, cursor=cursor)
+    pipeline = Pipeline(parts, run, source, version=first, pending=pending, say=console.say)
+    clock = StepClock(parts.activity, parts.gpus())
+    episodes = config.rollout.batch_size * config.rollout.group_size
     try:
         if first == 0 and config.eval.at_start:
             await evaluate_and_record(parts, run, console, step=0)
         for step in range(first + 1, config.steps + 1):
-            began = time.monotonic()
-            tasks = source.take(config.rollout.batch_size)
-            episodes = len(tasks) * config.rollout.group_size
+            clock.start()
             with console.phase(f"step {step}: episodes", episodes, announce=False) as phase:
-                scored = await parts.while_served(collect(parts, run, tasks, step, on_episode=phase.advance))
-            train_began = time.monotonic()
+                scored = await parts.while_served(pipeline.next(step, phase.advance))
+            clock.lap("idle/trainer")
             metrics = scored.metrics | await asyncio.to_thread(parts.student.train_step, scored.trainable, step=step)
-            saver.trained(step, source.cursor)
-            publish_began = time.monotonic()
-            metrics |= {"epoch": source.epoch, "time/train": publish_began - train_began}
+            clock.lap("time/train")
+            saver.trained(step, scored.cursor)
             try:
                 metrics["publish/canary"] = await parts.while_served(parts.publish(step))
+                pipeline.published(step)
             finally:  # the step is made, whatever becomes of its publication
-                now = time.monotonic()
-                metrics |= {"time/publish": now - publish_began, "time/step": now - began, **outages(parts)}
+                clock.lap("time/publish")
+                metrics |= clock.metrics(metrics) | outages(parts)
                 run.append_metrics({"step": step, **metrics})
                 console.step(step, config.steps, metrics)
             last = step == config.steps or stop.asked
             if config.eval.every and step % config.eval.every == 0 and not last:
                 await evaluate_and_record(parts, run, console, step=step)
             if last or step % config.checkpoint.every == 0:
-                saver.save()
+                saver.save(pipeline.pending)
             if stop.asked and step < config.steps:
                 raise Interrupted(f"stopped after step {step}; continue with --resume {run.path}")
         if config.eval.at_end:
             await evaluate_and_record(parts, run, console, step=config.steps)
     except (ServerLost, OutOfMemory, Interrupted):
-        saver.save()
+        saver.save(pipeline.pending)
         raise
+    finally:
+        await pipeline.aclose()
 
 
 class Saver:
@@ -97,7 +101,11 @@ class Saver:
         """The student's weights are those after `step`, and the tasks before `cursor` are used."""
         self._step, self._cursor = step, cursor
 
-    def save(self) -> None:
+    def save(self, pending: Sequence[int]) -> None:
+        """
+        Args:
+            pending: later steps whose episodes are finished (`Pipeline.pending`).
+        """
         from distill.checkpoint import save_checkpoint
 
         if self._step > self._saved:
@@ -110,6 +118,7 @@ class Saver:
                 cursor=self._cursor,
                 keep_last=keep.keep_last,
                 keep_every=keep.keep_every,
+                pending=pending,
             )
             self._saved = self._step
             self._look_at_tasks()
@@ -224,8 +233,9 @@ async def evaluate_and_record(parts: Parts, run: RunDir, console: Console, *, st
     await parts.forget()
 
 
-def finish(run: RunDir, console: Console) -> None:
-    """The table of before and after, the curve, and where to look next."""
+def finish(run: RunDir, console: Console, max_staleness: int) -> None:
+    """The table of before and after, what it cost, the bottleneck, the curve, and where to look next."""
+    from distill.cost import bottleneck, cost_lines
     from distill.report import Evaluation, before_after, plot
     from distill.rundir import read_jsonl
 
@@ -233,6 +243,9 @@ def finish(run: RunDir, console: Console) -> None:
     evals = run.path / "evals.jsonl"
     evaluations = [Evaluation(**line) for line in read_jsonl(evals)] if evals.exists() else []
     console.table("\n" + before_after(evaluations, lines) + "\n")
+    for text in (*cost_lines(lines), bottleneck(lines, max_staleness)):
+        if text is not None:
+            console.say(text)
     console.say(f"curve: {plot(run.path)}")
     console.say(f"read the episodes: python -m agent_loop.view {run.path}")
 
@@ -262,7 +275,7 @@ async def run_training(
         checkpoint = continued(loaded, run, metadata, parts, console, wanted, allowed) if resume else None
         run.note(**metadata)
         await train(parts, run, console, checkpoint)
-        finish(run, console)
+        finish(run, console, config.rollout.max_staleness)
         status = "finished"
     except (Interrupted, KeyboardInterrupt, asyncio.CancelledError):
         status = "interrupted"
@@ -315,7 +328,7 @@ def continued(
     if wanted:
         for aside in set_aside_after(run.path / "checkpoints", step):
             console.say(f"a checkpoint of a later step is now {aside}")
-    run.rewind(step)
+    run.rewind(step, pending=checkpoint.pending if checkpoint else ())
     console.say(f"resuming after step {step}" if checkpoint else "no checkpoint yet: starting over")
     return checkpoint
 

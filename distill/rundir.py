@@ -22,7 +22,7 @@ import platform
 import re
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -137,18 +137,21 @@ class RunDir:
             out.flush()
             os.fsync(out.fileno())
 
-    def rewind(self, step: int) -> None:
+    def rewind(self, step: int, pending: Collection[int] = ()) -> None:
         """Forget what an interrupted attempt wrote after the checkpoint of `step` steps: its metric lines and its
-        episodes, and those of an evaluation that has no line in `evals.jsonl`. They are made again, the same."""
+        episodes, but those of the `pending` steps, which are still to be trained on, and those of an evaluation that
+        has no line in `evals.jsonl`. They are made again."""
         for file in ("metrics.jsonl", "evals.jsonl"):
             path = self.path / file
             if path.exists():
                 kept = [line for line in read_jsonl(path) if int(line["step"]) <= step]
                 write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        evaluated = {self.episodes_file(int(e["step"]), eval_kind(e["name"])).name for e in self.evaluations()}
+        kept_files = {self.episodes_file(n).name for n in pending}
+        kept_files |= {self.episodes_file(int(e["step"]), eval_kind(e["name"])).name for e in self.evaluations()}
         for path in (self.path / "episodes").glob("*.jsonl"):
             found = re.fullmatch(r"(step|eval|eval_\w+?)_(\d+)\.jsonl", path.name)
-            if found and (int(found[2]) > step or (found[1] != "step" and path.name not in evaluated)):
+            is_made = found and found[1] == "step" and int(found[2]) <= step
+            if found and not is_made and path.name not in kept_files:
                 path.unlink()
 
     def evaluations(self) -> list[dict[str, Any]]:

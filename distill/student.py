@@ -194,7 +194,9 @@ class Student:
         self, batch: Batch, num_trained: int, rows: StepRows, episodes: Sequence[Episode], step: int
     ) -> float:
         """Add one micro-batch to the gradients; returns its part of the loss."""
-        loss, metrics_N = self.rows(batch, Objective(self.config.loss, num_trained, self._teacher))
+        loss, metrics_N = self.rows(
+            batch, Objective(self.config.loss, num_trained, self._teacher, self.config.rollout.temperature)
+        )
         rows.add(batch, metrics_N)
         value = float(loss.detach())
         if not abs(value) < float("inf"):

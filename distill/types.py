@@ -6,7 +6,8 @@ V vocabulary. The trainer is blind to text: it sees ids, masks and numbers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -43,8 +44,13 @@ class TeacherError(Exception):
 class TeacherScorer(Protocol):
     """A model that scores: token ids in, log-probabilities out."""
 
-    async def score(self, episode: Episode) -> Sequence[TeacherScore]:
+    async def score(
+        self, episode: Episode, *, on_sent: Callable[[int], None] = lambda _: None
+    ) -> Sequence[TeacherScore]:
         """One score a trace of the episode, in order.
+
+        Args:
+            on_sent: told the tokens of each request as it is sent.
 
         Raises:
             TeacherError: after retries; the episode is then dropped from the step and counted.
@@ -105,6 +111,21 @@ class Batch(Inputs):
     @property
     def num_trained(self) -> int:
         return int(self.targets_N.numel())
+
+    def rows(self, start: int, end: int, device: torch.device | None = None) -> Batch:
+        """Rows [start, end) of all that is said by row; the inputs stay.
+
+        Args:
+            device: where these rows are to lie.
+        """
+        if start == 0 and end >= self.num_trained and device in (None, self.targets_N.device):
+            return self
+        changes = {
+            f.name: value[start:end].to(device=device)
+            for f in dataclasses.fields(self)
+            if f.name.endswith(("_N", "_NK")) and (value := getattr(self, f.name)) is not None
+        }
+        return dataclasses.replace(self, **changes)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -106,7 +106,7 @@ def test_kill_nine_and_resume_end_as_if_nothing_had_happened(workplace: Workplac
     process.wait()
     workplace.run("--resume", str(killed), *flags, check=True)
 
-    timings = ("time/", "tokens_per_s/")
+    timings = ("time/", "tokens_per_s/", "idle/")
     for ours, theirs in zip(workplace.lines("killed"), workplace.lines("whole"), strict=True):
         for name, value in theirs.items():
             if not name.startswith(timings):
