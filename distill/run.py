@@ -7,21 +7,19 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from distill.config_load import ConfigError, LoadedConfig, add_config_arguments, load_from_arguments
 from distill.console import Console, fail
-from distill.failures import EXIT_INTERRUPT, EXIT_OK, EXIT_USAGE, Interrupted, guarded
+from distill.failures import EXIT_OK, EXIT_USAGE, Interrupted, guarded
 from distill.follow import follow, is_follower
+from distill.stopping import interrupt
 
 if TYPE_CHECKING:
     from distill.build import Parts
@@ -29,19 +27,13 @@ if TYPE_CHECKING:
     from distill.config import RunConfig
     from distill.rundir import RunDir
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-STOP_GRACE_S = 15.0
-"""Seconds that the episodes of the step in hand still get when the run is asked to stop. With what publishing and
-saving take, it has ended within 30 s, which is what schedulers give a process."""
-UNWIND_S = 1.5
-"""Seconds for closing everything after the second signal."""
-
 
 async def train(parts: Parts, run: RunDir, console: Console, checkpoint: Checkpoint | None) -> None:
     """The run: check, evaluate, then `steps` times tasks -> episodes -> scores -> update -> publish -> record."""
     from distill.cost import StepClock
     from distill.pipeline import Pipeline
     from distill.serving.fleet import ServerLost
+    from distill.stopping import StopFlag
     from distill.student import OutOfMemory
     from distill.tasks import TaskSource
 
@@ -144,46 +136,6 @@ def outages(parts: Parts) -> dict[str, float]:
         "servers/restarts": sum(fleet.num_restarts for fleet in parts.fleets),
         "servers/away_s": sum(fleet.away_s for fleet in parts.fleets),
     }
-
-
-class StopFlag:
-    """The first SIGINT or SIGTERM lets the step in hand finish and saves; if its episodes take longer than
-    `STOP_GRACE_S`, they are given up and the step before is saved. The second stops at once."""
-
-    def __init__(self, parts: Parts) -> None:
-        self.asked = False
-        self._loop = asyncio.get_running_loop()
-        self._late: asyncio.Future[None] = self._loop.create_future()
-        parts.lost.append(self._late)
-        for number in STOP_SIGNALS:
-            self._loop.add_signal_handler(number, self._ask)
-
-    def _ask(self) -> None:
-        self.asked = True
-        self._loop.call_later(STOP_GRACE_S, self._give_up)
-        for number in STOP_SIGNALS:
-            self._loop.remove_signal_handler(number)
-            signal.signal(number, _stop_now)
-        print(f"stopping after this step, or in {STOP_GRACE_S:g} s; once more to stop now", file=sys.stderr)
-
-    def _give_up(self) -> None:
-        self._late.set_exception(
-            Interrupted("stopped in the middle of a step, which is dropped; continue with --resume")
-        )
-        self._late.exception()  # it is retrieved: asyncio need not complain if nothing waits
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
-def _stop_now(number: int, frame: FrameType | None) -> None:
-    """Unwind, so that everything is closed; whatever still runs after `UNWIND_S` (a step in its thread) ends with the
-    process, and so do the servers, whose keepers see to it."""
-    last = threading.Timer(UNWIND_S, os._exit, (EXIT_INTERRUPT,))
-    last.daemon = True
-    last.start()
-    raise KeyboardInterrupt
 
 
 async def preflight(parts: Parts, console: Console, *, version: int) -> None:
@@ -372,7 +324,7 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_USAGE
     if arguments.dry_run:
         return dry_run(loaded, console)
-    signal.signal(signal.SIGTERM, _interrupt)  # until `train` knows better
+    signal.signal(signal.SIGTERM, interrupt)  # until `train` knows better
     return guarded(lambda: asyncio.run(run_training(loaded, console, arguments.resume, arguments.allow_change)))
 
 

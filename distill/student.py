@@ -14,11 +14,12 @@ from torch import nn
 
 from agent_loop.types import Episode
 from distill.batch import collate, group_advantages, items_of
-from distill.config import LoraConfig, RunConfig
+from distill.config import RunConfig
 from distill.metrics import Metrics
 from distill.optim import Optimizer
 from distill.ranks import Ranks
 from distill.rows import Objective, RowModel
+from distill.student_model import dtype_of, nf4, refuse_adapted_ties, switch_off_dropout, with_lora
 from distill.train_metrics import StepRows
 from distill.types import Batch, Inputs
 
@@ -64,15 +65,15 @@ class Student:
         self.config = config
         self.ranks = ranks or Ranks()
         self.tokenizer = tokenizer
-        _switch_off_dropout(model)
+        switch_off_dropout(model)
         self.rows = RowModel(model)
         self.device = self.rows.device
         self.model: Any = model
         self.has_lora = config.student.lora is not None
         self.is_quantized = bool(getattr(model, "is_quantized", False))
         if config.student.lora is not None:
-            self.model = _with_lora(model, config.student.lora)
-            _refuse_adapted_ties(model)
+            self.model = with_lora(model, config.student.lora)
+            refuse_adapted_ties(model)
         if config.student.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self._narrow = self.ranks.shard(self.rows)
@@ -93,12 +94,12 @@ class Student:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = _dtype(config.student.dtype, device)
+        dtype = dtype_of(config.student.dtype, device)
         options: dict[str, Any] = {"trust_remote_code": False}
         if config.student.revision is not None and not Path(path).is_dir():
             options["revision"] = config.student.revision
         if config.student.lora is not None and config.student.lora.quantization == "nf4":
-            options |= {"quantization_config": _nf4(dtype, device), "device_map": {"": device}}
+            options |= {"quantization_config": nf4(dtype, device), "device_map": {"": device}}
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **options)
         if "device_map" not in options:
             model = model.to(device)
@@ -136,7 +137,7 @@ class Student:
         """Read the teacher of `loss.type = "full"` beside the student, in `teacher.dtype`."""
         from transformers import AutoModelForCausalLM
 
-        dtype = _dtype(self.config.teacher.dtype, self.device.type)
+        dtype = dtype_of(self.config.teacher.dtype, self.device.type)
         self.set_teacher(AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True))
 
     # --- one step
@@ -432,74 +433,6 @@ class Student:
         _same_shapes(saved, own)
         for name, tensor in own.items():
             tensor.copy_(self.ranks.place(saved[name], tensor))
-
-
-def _dtype(name: str, device: str) -> torch.dtype:
-    """`auto` is bfloat16 on a GPU, float32 on a CPU."""
-    if name == "auto":
-        return torch.bfloat16 if device == "cuda" else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-
-
-def _nf4(dtype: torch.dtype, device: str) -> Any:
-    """4-bit normal floats with doubly quantised scales: QLoRA, arXiv 2305.14314, section 3."""
-    import importlib.util
-
-    from transformers import BitsAndBytesConfig
-
-    if device != "cuda":  # there, bitsandbytes packs the weights for inference, and gradients stop at them
-        raise ValueError('student.lora.quantization "nf4" needs a GPU; "none" trains the same adapters')
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError("student.lora.quantization \"nf4\" needs bitsandbytes: pip install -e '.[qlora]'")
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
-
-
-def _with_lora(model: PreTrainedModel, lora: LoraConfig) -> Any:
-    from peft import LoraConfig as PeftLoraConfig
-    from peft import get_peft_model
-
-    everywhere = lora.target_modules == ("all-linear",)
-    return get_peft_model(
-        model,
-        PeftLoraConfig(
-            r=lora.rank,
-            lora_alpha=lora.alpha,
-            lora_dropout=0.0,
-            target_modules="all-linear" if everywhere else list(lora.target_modules),
-            task_type="CAUSAL_LM",
-        ),
-    )
-
-
-def _refuse_adapted_ties(model: PreTrainedModel) -> None:
-    """Input and output embedding are one tensor: an adapter on one of them cannot be merged without the other.
-
-    Raises:
-        ValueError: naming the module.
-    """
-    if model.get_input_embeddings().weight is not model.get_output_embeddings().weight:
-        return
-    for name, module in model.named_modules():
-        if module in (model.get_input_embeddings(), model.get_output_embeddings()) and hasattr(
-            module, "get_delta_weight"
-        ):
-            raise ValueError(
-                f"student.lora.target_modules: {name!r} shares its weight with the other embedding of this model, so "
-                "an adapter on it cannot be served; leave it out"
-            )
-
-
-def _switch_off_dropout(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            setattr(module, "attention_dropout", 0.0)  # noqa: B010 - the type checker knows modules only
 
 
 def _same_shapes(saved: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from distill.run import STOP_GRACE_S
+from distill.stopping import STOP_GRACE_S
 from tests.fakes.fake_vllm import FakeVllm
 from tests.runs import children
 from tests.runs.conftest import Workplace
