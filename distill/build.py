@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import random
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import transformers
 
-import envs
 from agent_loop.policy import VllmPolicy
 from agent_loop.renderer import Renderer, load_renderer
 from agent_loop.transport import TransportError
 from distill import models
 from distill.config import RunConfig
 from distill.console import Console
+from distill.cost import Activity, gpus_of
 from distill.endpoints import Endpoint, Place, publisher_for
+from distill.environment import make_env
 from distill.publish import Publisher
+from distill.ranks import Ranks, join
+from distill.ray_cluster import check_installed, players
+from distill.ray_workers import RayWorkers
+from distill.resume import TaskSet, as_records, task_sets
 from distill.serving.fleet import Fleet
+from distill.serving.vllm import Machine
 from distill.student import Student
 from distill.teacher import HttpTeacher
 from envs.dataset import read_tasks
@@ -57,6 +66,16 @@ class Parts:
     """A fixed token sequence that server and trainer must agree on after each publication."""
     max_context: int | None
     """Tokens that the student's server takes; None where only the server knows."""
+    slots: asyncio.Semaphore
+    """`rollout.max_concurrent`, over the episodes of all steps and evaluations that are in play at once."""
+    activity: Activity = field(default_factory=Activity)
+    """Seconds in which rollouts and teacher were at work."""
+    task_sets: Sequence[TaskSet] = ()
+    """What `train_tasks` and `eval_tasks` were when they were read."""
+    lost: list[asyncio.Future[None]] = field(default_factory=list)
+    """Futures that get an exception when work must not be waited for any longer, beside those of the fleets."""
+    workers: RayWorkers | None = None
+    """Where episodes are played; None: in this process."""
 
     @property
     def fleets(self) -> list[Fleet]:
@@ -64,17 +83,27 @@ class Parts:
         endpoints = (self.student_endpoint, self.teacher_endpoint)
         return list({id(e.fleet): e.fleet for e in endpoints if e.fleet is not None}.values())
 
+    def gpus(self) -> dict[str, int | None]:
+        """GPUs by role, for the estimate of what a step costs."""
+        ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        on_gpu = self.student.device.type == "cuda"
+        return gpus_of(self.config, machine_has_gpu=Machine.this().has_gpu, trainer_gpus=ranks if on_gpu else 0)
+
     def make_env(self, *, verify: bool, step: int | None = None) -> ToolEnv:
         """A fresh environment; a grader is built only with `verify`. `step`: of training, for the curriculum."""
         return make_env(self.config, verify=verify, step=step)
 
     async def start(self, console: Console) -> None:
-        """Start the servers and find out how they are best asked.
+        """Start the workers and the servers, and find out how these are best asked.
 
         Raises:
+            WorkersError: a worker cannot play the run's environment.
             LaunchError: a server did not start; with the end of its log.
             PolicyError: the student's does not answer.
         """
+        if self.workers is not None:
+            console.say(f"episodes are played by {players(self.config)}")
+            await self.workers.start()
         for fleet in self.fleets:
             console.say(f"{fleet.name}: {fleet.plan()}")
         await asyncio.gather(*(fleet.start() for fleet in self.fleets))
@@ -91,14 +120,21 @@ class Parts:
         self.policy.policy_version = version
         return difference
 
+    async def forget(self) -> None:
+        """Drop what an embedded student engine has cached, so that the next step does not depend on what was asked
+        before it: a resumed run has other requests behind it than one that was never interrupted."""
+        if self.student_endpoint.engine is not None:
+            await self.student_endpoint.engine.forget()
+
     async def while_served(self, work: Coroutine[Any, Any, T]) -> T:
         """Await `work` as long as its servers can be had.
 
         Raises:
             ServerLost: one stayed away for longer than `max_outage_s`; `work` is cancelled.
+            Interrupted: the user wants the run to stop, and has waited long enough; `work` is cancelled.
         """
         task = asyncio.ensure_future(work)
-        lost: list[asyncio.Future[None]] = [fleet.lost for fleet in self.fleets]
+        lost: list[asyncio.Future[None]] = [*self.lost, *(fleet.lost for fleet in self.fleets)]
         try:
             waiting: list[asyncio.Future[Any]] = [task, *lost]
             await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
@@ -112,16 +148,15 @@ class Parts:
         return task.result()
 
     async def aclose(self) -> None:
+        if self.workers is not None:
+            await self.workers.aclose()
         await self.publisher.aclose()
         await self.policy.aclose()
         await self.teacher.aclose()
         await self.student_endpoint.aclose()
         if self.teacher_endpoint.transport is not self.student_endpoint.transport:
             await self.teacher_endpoint.aclose()
-
-
-def make_env(config: RunConfig, *, verify: bool, step: int | None = None) -> ToolEnv:
-    return envs.make(config.env, limits=config.rollout.limits(step), skip_verification=not verify, **config.env_args)
+        await asyncio.to_thread(self.student.ranks.close)
 
 
 def load_tasks(config: RunConfig) -> tuple[list[Task], list[Task]]:
@@ -144,6 +179,33 @@ def load_tasks(config: RunConfig) -> tuple[list[Task], list[Task]]:
     return tasks[0], tasks[1]
 
 
+def load_student(config: RunConfig, path: str | Path, teacher_path: str | Path, ranks: Ranks) -> Student:
+    """The student, or one rank's part of it, with the teacher of `loss.type = "full"` beside it.
+
+    Raises:
+        BuildError: it is not what the configuration asks for.
+    """
+    torch.manual_seed(config.seed)
+    np.random.seed(config.seed % 2**32)
+    random.seed(config.seed)
+    transformers.utils.logging.disable_progress_bar()
+    if config.loss.type == "full" and config.teacher.system_prompt is not None:
+        raise BuildError(
+            'loss.type: "full" scores the student\'s own inputs and cannot show the teacher teacher.system_prompt; '
+            'take "sampled" or "topk"'
+        )
+    try:
+        student = Student.load(path, config, ranks)
+    except ValueError as error:
+        raise BuildError(f"student: {error}") from error
+    if config.loss.type == "full":
+        try:
+            student.load_teacher(teacher_path)
+        except ValueError as error:
+            raise BuildError(f"teacher: {error}") from error
+    return student
+
+
 def build(config: RunConfig, console: Console, folder: Path) -> Parts:
     """Load models and lay out the servers; `Parts.start` starts them.
 
@@ -151,29 +213,21 @@ def build(config: RunConfig, console: Console, folder: Path) -> Parts:
         folder: of the run: servers' logs and published weights go there.
 
     Raises:
-        BuildError, ConfigError, TaskError: what is wrong, before anything is trained.
+        BuildError, ConfigError, TaskError, WorkersError: what is wrong, before anything is trained.
     """
-    torch.manual_seed(config.seed)
-    transformers.utils.logging.disable_progress_bar()
+    check_installed(config)
     train_tasks, eval_tasks = load_tasks(config)
     student_path = models.resolve(config.student.model, progress=console.say)
     teacher_config = config.teacher
     teacher_path = models.resolve(teacher_config.model or config.student.model, progress=console.say)
     renderer = load_renderer(student_path, enable_thinking=config.student.enable_thinking)
-    try:
-        student = Student.load(student_path, config)
-    except ValueError as error:
-        raise BuildError(f"student: {error}") from error
-    if config.loss.type == "full":
-        if teacher_config.system_prompt is not None:
-            raise BuildError(
-                'loss.type: "full" scores the student\'s own inputs and cannot show the teacher teacher.system_prompt; '
-                'take "sampled" or "topk"'
-            )
-        try:
-            student.load_teacher(teacher_path)
-        except ValueError as error:
-            raise BuildError(f"teacher: {error}") from error
+    ranks = join()
+    with ranks.call("build", config=config.model_dump(mode="json")):
+        student = load_student(config, student_path, teacher_path, ranks)
+    if ranks.size > 1:
+        console.say(f"the student is split over {ranks.size} processes (FSDP2)")
+    if student.padded_because is not None:
+        console.say(f"micro-batches are padded, not packed: {student.padded_because}")
     env = make_env(config, verify=False)
     place = Place(config=config, folder=folder, lora_modules=student.adapted_modules)
     student_endpoint = place.student(student, student_path, renderer)
@@ -203,8 +257,13 @@ def build(config: RunConfig, console: Console, folder: Path) -> Parts:
         eval_tasks=eval_tasks,
         tool_specs=env.tool_specs,
         canary=canary,
+        task_sets=task_sets(config, train_tasks, eval_tasks),
+        workers=RayWorkers(config, student_path, renderer.fingerprint, logs=folder / "logs" / "ray")
+        if config.rollout.executor == "ray"
+        else None,
         max_context=config.student.max_context
         or (student_endpoint.engine.limits.max_model_len if student_endpoint.engine else None),
+        slots=asyncio.Semaphore(config.rollout.max_concurrent),
     )
 
 
@@ -226,6 +285,10 @@ def metadata_of(parts: Parts) -> dict[str, Any]:
         "teacher": str(parts.config.teacher.model or parts.config.student.model),
         "tokenizer": parts.renderer.fingerprint,
         "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": parts.student.device.type,
+        "ranks": int(os.environ.get("WORLD_SIZE", "1")),
+        "task_sets": as_records(parts.task_sets),
         "num_train_tasks": len(parts.train_tasks),
         "num_eval_tasks": len(parts.eval_tasks),
     }

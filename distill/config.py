@@ -198,6 +198,23 @@ class TeacherConfig(Section):
     """Share of a step's episodes that may go unscored before the run stops."""
 
 
+class RayConfig(Section):
+    """Rollout workers on Ray, for `rollout.executor = "ray"` (docs/serving.md, "Rollout workers")."""
+
+    workers: Annotated[int, Field(ge=1, le=4096)] = 2
+    """Worker processes, each with an environment for every episode that it plays and a browser of its own."""
+    episodes_per_worker: Annotated[int, Field(ge=1, le=1000)] = 32
+    """Episodes that one worker plays at once; `rollout.max_concurrent` bounds all workers together."""
+    cpus: Annotated[float, Field(gt=0, le=1024)] = 1.0
+    """Cores that Ray sets aside for a worker where it looks for a machine; the process may use more."""
+    address: Text | None = None
+    """Address of a Ray cluster that is there, such as `10.0.0.1:6379`. none: a Ray on this machine that the run starts
+    and ends."""
+    host: Text | None = None
+    """Address of this machine by which workers on other machines ask it for completions, in a network that you trust.
+    none: loopback, for workers on this machine."""
+
+
 class CurriculumConfig(Section):
     """Few turns at first, more later (TCOD, arXiv 2604.24005). The table switches it on."""
 
@@ -216,6 +233,13 @@ class RolloutConfig(Section):
     """Episodes of each task: a step has batch_size x group_size of them."""
     max_concurrent: Count = 64
     """Episodes in play at once."""
+    max_staleness: Annotated[int, Field(ge=0, le=64)] = 0
+    """Updates that the weights which sampled a token may be behind those that are trained on it. 0: rollouts and
+    training take turns. 1 or more: the next episodes are played while a step trains; `loss.rho` corrects."""
+    executor: Literal["asyncio", "ray"] = "asyncio"
+    """asyncio: environments live in this process. ray: in worker processes, here or on other machines; needs the extra
+    `ray`."""
+    ray: RayConfig = Field(default_factory=RayConfig)
     temperature: Annotated[float, Field(gt=0, le=10)] = 1.0
     """Sampling temperature. Other than 1, the student is trained off its own policy (corrected by `loss.rho`)."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -311,7 +335,8 @@ class OptimConfig(Section):
     max_grad_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Gradients are scaled down to this L2 norm where theirs is larger."""
     micro_batch_tokens: Count = 16_384
-    """Tokens (padding included) of one forward pass; a longer trace goes alone. Bounds memory, changes no result."""
+    """Tokens of one forward pass, padding included where a model's traces cannot be packed; a longer trace goes alone.
+    Bounds memory, changes no result."""
 
 
 class CheckpointConfig(Section):
@@ -321,6 +346,17 @@ class CheckpointConfig(Section):
     """Steps between checkpoints. One is always written after the last step."""
     keep_last: Count = 2
     """Checkpoints kept; older ones are deleted once a newer one is complete."""
+    keep_every: CountOrZero = 0
+    """Checkpoints of every n-th step are never deleted. 0: only the last ones are kept."""
+
+
+class CostConfig(Section):
+    """What the run cannot see for itself when it estimates GPU-seconds (docs/metrics.md, "Cost")."""
+
+    student_gpus: CountOrZero | None = None
+    """GPUs behind `student.base_url`. none: not known, and not in the estimate."""
+    teacher_gpus: CountOrZero | None = None
+    """GPUs behind `teacher.base_url`. none: not known, and not in the estimate."""
 
 
 class EvalConfig(Section):
@@ -442,6 +478,7 @@ class RunConfig(Section):
     check: CheckConfig = Field(default_factory=CheckConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
     alarms: AlarmsConfig = Field(default_factory=AlarmsConfig)
+    cost: CostConfig = Field(default_factory=CostConfig)
 
     @property
     def teacher_model(self) -> str:

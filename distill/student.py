@@ -13,11 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from agent_loop.types import Episode
-from distill.batch import collate, group_advantages, items_of, split_micro_batches
-from distill.config import LoraConfig, RunConfig
+from distill.batch import collate, group_advantages, items_of
+from distill.config import RunConfig
 from distill.metrics import Metrics
 from distill.optim import Optimizer
+from distill.ranks import Ranks
 from distill.rows import Objective, RowModel
+from distill.student_model import dtype_of, nf4, refuse_adapted_ties, switch_off_dropout, with_lora
 from distill.train_metrics import StepRows
 from distill.types import Batch, Inputs
 
@@ -32,6 +34,11 @@ class NumericError(Exception):
     step would move nothing. The weights are as they were before it."""
 
 
+class OutOfMemory(Exception):
+    """A step did not fit the device's memory. It was dropped whole: no gradient is left, the weights are as they were
+    before it."""
+
+
 class Student:
     """A causal language model, its optimiser and, for `loss.type = "full"`, a teacher beside it.
 
@@ -39,34 +46,45 @@ class Student:
     """
 
     def __init__(
-        self, model: PreTrainedModel, config: RunConfig, *, tokenizer: PreTrainedTokenizerBase | None = None
+        self,
+        model: PreTrainedModel,
+        config: RunConfig,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         """Take over a loaded model; `load` reads one from disk.
 
         Args:
             tokenizer: saved beside the weights.
+            ranks: the processes that train it together; the leader's calls are made on all of them. None: this one.
+
+        Raises:
+            ValueError: it cannot be split over ranks.
         """
         self.config = config
+        self.ranks = ranks or Ranks()
         self.tokenizer = tokenizer
-        _switch_off_dropout(model)
+        switch_off_dropout(model)
         self.rows = RowModel(model)
         self.device = self.rows.device
         self.model: Any = model
         self.has_lora = config.student.lora is not None
         self.is_quantized = bool(getattr(model, "is_quantized", False))
         if config.student.lora is not None:
-            self.model = _with_lora(model, config.student.lora)
-            _refuse_adapted_ties(model)
+            self.model = with_lora(model, config.student.lora)
+            refuse_adapted_ties(model)
         if config.student.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self._narrow = self.ranks.shard(self.rows)
         self.parameters: dict[str, nn.Parameter] = {n: p for n, p in model.named_parameters() if p.requires_grad}
         """The trained ones, by their name in the model (LoRA's included)."""
-        self.optimizer = Optimizer(self.parameters, config.optim, total_steps=config.steps)
+        self.optimizer = Optimizer(self.parameters, config.optim, total_steps=config.steps, rounded=self._narrow.keys())
         self._teacher: RowModel | None = None
         self._has_stepped = False
 
     @classmethod
-    def load(cls, path: str | Path, config: RunConfig) -> Student:
+    def load(cls, path: str | Path, config: RunConfig, ranks: Ranks | None = None) -> Student:
         """Read a folder or a Hub model (safetensors only; no code from it is run), onto the GPU if there is one.
 
         Raises:
@@ -76,23 +94,30 @@ class Student:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = _dtype(config.student.dtype, device)
+        dtype = dtype_of(config.student.dtype, device)
         options: dict[str, Any] = {"trust_remote_code": False}
         if config.student.revision is not None and not Path(path).is_dir():
             options["revision"] = config.student.revision
         if config.student.lora is not None and config.student.lora.quantization == "nf4":
-            options |= {"quantization_config": _nf4(dtype, device), "device_map": {"": device}}
+            options |= {"quantization_config": nf4(dtype, device), "device_map": {"": device}}
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **options)
         if "device_map" not in options:
             model = model.to(device)
         has_tokenizer = not Path(path).is_dir() or any(Path(path).glob("tokenizer*"))
         tokenizer = AutoTokenizer.from_pretrained(path, **options) if has_tokenizer else None
-        return cls(model, config, tokenizer=tokenizer)
+        return cls(model, config, tokenizer=tokenizer, ranks=ranks)
 
     @property
     def _causal_lm(self) -> Any:
         """The `transformers` model, without PEFT's wrapper around it."""
         return self.rows.model
+
+    @property
+    def padded_because(self) -> str | None:
+        """Why the traces of a micro-batch are padded; None where they lie end to end. A teacher of
+        `loss.type = "full"` sees the same rows, so it has its say."""
+        teacher = None if self._teacher is None else self._teacher.padded_because
+        return self.rows.padded_because or teacher
 
     def set_teacher(self, model: PreTrainedModel) -> None:
         """The teacher of `loss.type = "full"`: it sees the student's inputs, and no system prompt of its own.
@@ -112,7 +137,7 @@ class Student:
         """Read the teacher of `loss.type = "full"` beside the student, in `teacher.dtype`."""
         from transformers import AutoModelForCausalLM
 
-        dtype = _dtype(self.config.teacher.dtype, self.device.type)
+        dtype = dtype_of(self.config.teacher.dtype, self.device.type)
         self.set_teacher(AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True))
 
     # --- one step
@@ -132,8 +157,13 @@ class Student:
 
         Raises:
             NumericError: before the update; naming episodes.
+            OutOfMemory: before the update; saying what to set.
             ValueError: a trained token has no score; naming the episode.
         """
+        with self.ranks.call("train_step", episodes=episodes, step=step):
+            return self._train_step(episodes, step)
+
+    def _train_step(self, episodes: Sequence[Episode], step: int) -> Metrics:
         began = time.monotonic()
         loss_config = self.config.loss
         advantages = group_advantages(episodes) if loss_config.adv_tau else None
@@ -146,8 +176,10 @@ class Student:
         self._causal_lm.train()
         self.optimizer.zero_grad()
         try:
-            for group in split_micro_batches(items, self.config.optim.micro_batch_tokens):
-                loss += self._accumulate(collate(group), num_trained, rows, episodes, step)
+            packed = self.ranks.agree(self.padded_because) is None
+            for group, counts in self.ranks.share(items, self.config.optim.micro_batch_tokens, packed=packed):
+                batch = collate(group, packed=packed)
+                loss += self._accumulate(batch, counts, num_trained, rows, episodes, step)
             grad_norm = self.optimizer.clip()
             if not grad_norm < float("inf"):
                 names = self.optimizer.non_finite()
@@ -157,13 +189,21 @@ class Student:
                 )
             if not self._has_stepped:
                 self._refuse_no_op(rows, grad_norm, step)
+        except torch.OutOfMemoryError as error:
+            self.optimizer.zero_grad()
+            raise OutOfMemory(self._what_to_set(max(item.num_inputs for item in items), step)) from error
         except BaseException:
             self.optimizer.zero_grad()
+            self.ranks.reshard(self.rows)
             raise
         finally:
             self._causal_lm.eval()
         lr = self.optimizer.step(step)
         self._has_stepped = True
+        loss = self.ranks.total(loss)
+        rows.gather(self.ranks)
+        if not self.ranks.leads:
+            return {}
         return rows.reduce(episodes) | {
             "loss": loss,
             "grad_norm": grad_norm,
@@ -174,23 +214,48 @@ class Student:
         }
 
     def _accumulate(
-        self, batch: Batch, num_trained: int, rows: StepRows, episodes: Sequence[Episode], step: int
+        self, batch: Batch, counts: bool, num_trained: int, rows: StepRows, episodes: Sequence[Episode], step: int
     ) -> float:
-        """Add one micro-batch to the gradients; returns its part of the loss."""
-        loss, metrics_N = self.rows(batch, Objective(self.config.loss, num_trained, self._teacher))
-        rows.add(batch, metrics_N)
+        """Add one micro-batch to the gradients; returns its part of the loss. One that does not count adds zeros."""
+        loss, metrics_N = self.rows(
+            batch, Objective(self.config.loss, num_trained, self._teacher, self.config.rollout.temperature)
+        )
+        if not counts:
+            loss = loss * 0.0
+        rows.add(batch, metrics_N, counts=counts)
         value = float(loss.detach())
+        problem = None
         if not abs(value) < float("inf"):
             bad_N = ~torch.stack([metrics_N[n] for n in ("teacher_kl", "ratio")]).isfinite().all(0).cpu()
             suspects = batch.episodes_N[bad_N] if bad_N.any() else batch.episodes_N
             ids = [episodes[i].id for i in dict.fromkeys(suspects.tolist())]
-            raise NumericError(f"step {step}: the loss is {value} in {_names(ids)}. The weights are unchanged.")
+            problem = f"step {step}: the loss is {value} in {_names(ids)}. The weights are unchanged."
+        problem = self.ranks.agree(problem)
+        if problem is not None:
+            raise NumericError(problem)
         loss.backward()
         return value
 
+    def _what_to_set(self, longest: int, step: int) -> str:
+        """After an out-of-memory error: a smaller micro-batch changes no result, so it is the user who sets it, once,
+        instead of every step finding out again. One rank that tries by itself would leave the others waiting."""
+        budget = self.config.optim.micro_batch_tokens
+        ways = []
+        if budget > longest:
+            ways.append(f"--optim.micro_batch_tokens {max(longest, budget // 2)} (it is {budget})")
+        if not self.config.student.gradient_checkpointing:
+            ways.append("--student.gradient_checkpointing true")
+        if self.config.student.lora is None:
+            ways.append("a new run with [student.lora]")
+        ways.append("a smaller rollout.max_episode_tokens in a new run")
+        return (
+            f"step {step}: out of memory on {self.device}; the longest trace has {longest} tokens. The step was "
+            f"dropped whole, the weights are unchanged. What helps: {'; '.join(ways)}."
+        )
+
     def _refuse_no_op(self, rows: StepRows, grad_norm: float, step: int) -> None:
         """A run in which the teacher's signal never reaches the weights looks healthy for hours; say so at once."""
-        largest = rows.largest_kl()
+        largest = self.ranks.largest(rows.largest_kl())
         if grad_norm == 0 and largest > 0 and self.config.loss.teacher_tau:
             raise NumericError(
                 f"step {step}: student and teacher differ by up to {largest:.3g} nats on trained tokens, and yet the "
@@ -205,20 +270,28 @@ class Student:
         """[L] log-probability of each token given those before it, by the present weights; the first is None."""
         if len(ids) < 2:
             return [None] * len(ids)
+        with self.ranks.call("logprobs", ids=list(ids)):
+            return self._logprobs(ids)
+
+    def _logprobs(self, ids: Sequence[int]) -> list[float | None]:
         self._causal_lm.eval()
         ids_L = torch.tensor(list(ids))
         pos_N = torch.arange(len(ids) - 1)
         inputs = Inputs(input_ids_BT=ids_L[None, :-1], seq_N=torch.zeros_like(pos_N), pos_N=pos_N, targets_N=ids_L[1:])
         logprobs_N, _ = self.rows(inputs)
+        self.ranks.reshard(self.rows)
         return [None, *logprobs_N.tolist()]
 
     def serving_copy(self) -> PreTrainedModel:
         """An independent copy of the present model for the engine, adapters merged, in `eval` mode."""
+        if self.ranks.size > 1:
+            return self._whole_copy()
         model = copy.deepcopy(self.model)
         if self.has_lora:
             model = model.merge_and_unload()
         if self.config.student.gradient_checkpointing:
             model.gradient_checkpointing_disable()
+        model.set_attn_implementation(self.rows.attention)
         served: PreTrainedModel = model.eval().requires_grad_(False)
         return served
 
@@ -226,8 +299,13 @@ class Student:
     def state_dict_for_serving(self) -> dict[str, torch.Tensor]:
         """All weights by the names of the model itself, adapters merged; of tied weights only the first name.
 
-        Without adapters these are the student's own tensors, not copies: use them before the next step.
+        Without adapters these are the student's own tensors, not copies: use them before the next step. Of several
+        ranks, the leader alone has them, on the CPU.
         """
+        with self.ranks.call("state_dict_for_serving"):
+            return self._weights()
+
+    def _weights(self) -> dict[str, torch.Tensor]:
         weights: dict[str, torch.Tensor] = {}
         deltas = {}
         for name, module in self._causal_lm.named_modules():
@@ -239,8 +317,23 @@ class Student:
             tensor = parameter.detach()
             if name in deltas:
                 tensor = (tensor.float() + deltas[name].float()).to(tensor.dtype)
-            weights[name.replace(".base_layer.", ".")] = tensor
+            weights[name.replace(".base_layer.", ".")] = self.ranks.whole(
+                tensor.to(self._narrow.get(name, tensor.dtype))
+            )
         return weights
+
+    def _whole_copy(self) -> PreTrainedModel:
+        """From the ranks' parts: what is sharded cannot be copied."""
+        from transformers import AutoModelForCausalLM
+
+        weights = self.state_dict_for_serving()
+        dtype = next(iter(weights.values())).dtype
+        config = copy.deepcopy(self._causal_lm.config)
+        options = {"dtype": dtype, "attn_implementation": self.rows.attention}
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **options)
+        odd = model.load_state_dict(weights, strict=False).unexpected_keys  # tied weights are there once
+        assert not odd, odd
+        return model.to(self.device).eval().requires_grad_(False)
 
     @property
     def adapted_modules(self) -> list[str]:
@@ -252,8 +345,13 @@ class Student:
         return sorted({name.rsplit(".", 1)[-1] for name in adapter.target_modules})
 
     def save_weights(self, folder: Path) -> None:
-        """Write the present full weights as a model folder that vLLM reloads from."""
-        self._causal_lm.save_pretrained(folder)
+        """Write the present full weights, adapters merged, as a model folder that vLLM reloads from."""
+        weights = self.state_dict_for_serving()
+        if self.ranks.leads:
+            config = copy.copy(self._causal_lm.config)
+            config.dtype = next(iter(weights.values())).dtype
+            self._causal_lm.save_pretrained(folder, state_dict=weights)
+            config.save_pretrained(folder)  # again: the line before wrote the dtype of the masters
 
     def save_adapter(self, folder: Path) -> None:
         """Write the present adapter in PEFT's format, which vLLM's `/v1/load_lora_adapter` reads.
@@ -263,21 +361,37 @@ class Student:
         """
         if not self.has_lora:
             raise ValueError("this student is trained whole: it has no adapter to save")
-        self.model.save_pretrained(folder, save_embedding_layers=False)
+        with self.ranks.call("save_adapter"):
+            adapter = {f"base_model.model.{n}": self.ranks.whole(p.detach()) for n, p in self.parameters.items()}
+        if self.ranks.leads:
+            self.model.save_pretrained(folder, state_dict=adapter, save_embedding_layers=False)
 
     # --- checkpoints
 
     def save(self, folder: Path) -> None:
         """Write `model/` (opens with `from_pretrained`), `optimizer.safetensors` and, with LoRA, the unmerged
-        `adapter.safetensors`. Of a quantised model, which merging would round, the adapters alone."""
-        if not self.is_quantized:
-            model = self.serving_copy() if self.has_lora else self.model
-            model.save_pretrained(folder / "model")
-            if self.tokenizer is not None:
-                self.tokenizer.save_pretrained(folder / "model")
-        save_file(_contiguous(self.optimizer.state()), folder / "optimizer.safetensors")
-        if self.has_lora:
-            save_file(_contiguous(self.parameters), folder / "adapter.safetensors")
+        `adapter.safetensors`. Of a quantised model, which merging would round, the adapters alone. One rank and several
+        write the same files."""
+        with self.ranks.call("save"):
+            if not self.is_quantized:
+                self.save_weights(folder / "model")
+                if self.tokenizer is not None and self.ranks.leads:
+                    self.tokenizer.save_pretrained(folder / "model")
+            self._save_tensors(self.optimizer.state(), folder / "optimizer.safetensors")
+            if self.has_lora:
+                self._save_tensors(self.parameters, folder / "adapter.safetensors")
+
+    def _save_tensors(self, tensors: Mapping[str, torch.Tensor], file: Path) -> None:
+        whole = {name: self.ranks.whole(tensor.detach()).contiguous() for name, tensor in tensors.items()}
+        if self.ranks.leads:
+            save_file(whole, file)
+
+    def rng_states(self) -> list[dict[str, Any]]:
+        """The random number generators of each rank."""
+        from distill.checkpoint import rng_state
+
+        with self.ranks.call("rng_states"):
+            return self.ranks.each(rng_state())
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue as if the run had never stopped: weights, optimiser, random number generators.
@@ -287,12 +401,14 @@ class Student:
         """
         from distill.checkpoint import CheckpointError
 
-        self.restore_weights(checkpoint)
-        try:
-            self.optimizer.load_state(load_file(checkpoint.path / "optimizer.safetensors"))
-        except (ValueError, OSError) as error:
-            raise CheckpointError(f"{checkpoint.path} does not fit this student: {error}") from error
-        checkpoint.restore_rng()
+        path = checkpoint.path / "optimizer.safetensors"
+        with self.ranks.call("restore", path=str(checkpoint.path), rng=checkpoint.rng):
+            self.restore_weights(checkpoint)
+            try:
+                self.optimizer.load_state(self.ranks.read(lambda: load_file(path)), self.ranks.place)
+            except (ValueError, OSError) as error:
+                raise CheckpointError(f"{checkpoint.path} does not fit this student: {error}") from error
+            checkpoint.restore_rng(self.ranks.rank)
 
     def restore_weights(self, checkpoint: Checkpoint) -> None:
         """The weights alone: nothing to train on with.
@@ -300,96 +416,23 @@ class Student:
         Raises:
             CheckpointError: it belongs to another model or another `student` configuration.
         """
-        from transformers import AutoModelForCausalLM
-
         from distill.checkpoint import CheckpointError
 
-        try:
-            if self.has_lora:
-                self._load_adapter(load_file(checkpoint.path / "adapter.safetensors"))
-            else:
-                dtype = next(iter(self.parameters.values())).dtype
-                saved = AutoModelForCausalLM.from_pretrained(
-                    checkpoint.path / "model", dtype=dtype, use_safetensors=True
-                )
-                _same_shapes(saved.state_dict(), self._causal_lm.state_dict())
-                self._causal_lm.load_state_dict(saved.state_dict())
-        except (ValueError, RuntimeError, OSError) as error:
-            raise CheckpointError(f"{checkpoint.path} does not fit this student: {error}") from error
+        path = checkpoint.path
+        with self.ranks.call("restore_weights", path=str(path)):
+            try:
+                if self.has_lora:
+                    self._load(self.ranks.read(lambda: load_file(path / "adapter.safetensors")), self.parameters)
+                else:
+                    self._load(self.ranks.read(lambda: _weights_in(path / "model")), self._causal_lm.state_dict())
+            except (ValueError, RuntimeError, OSError) as error:
+                raise CheckpointError(f"{path} does not fit this student: {error}") from error
 
     @torch.no_grad()
-    def _load_adapter(self, tensors: dict[str, torch.Tensor]) -> None:
-        _same_shapes(tensors, self.parameters)
-        for name, tensor in tensors.items():
-            self.parameters[name].copy_(tensor)
-
-
-def _dtype(name: str, device: str) -> torch.dtype:
-    """`auto` is bfloat16 on a GPU, float32 on a CPU."""
-    if name == "auto":
-        return torch.bfloat16 if device == "cuda" else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-
-
-def _nf4(dtype: torch.dtype, device: str) -> Any:
-    """4-bit normal floats with doubly quantised scales: QLoRA, arXiv 2305.14314, section 3."""
-    import importlib.util
-
-    from transformers import BitsAndBytesConfig
-
-    if device != "cuda":  # there, bitsandbytes packs the weights for inference, and gradients stop at them
-        raise ValueError('student.lora.quantization "nf4" needs a GPU; "none" trains the same adapters')
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError("student.lora.quantization \"nf4\" needs bitsandbytes: pip install -e '.[qlora]'")
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
-
-
-def _with_lora(model: PreTrainedModel, lora: LoraConfig) -> Any:
-    from peft import LoraConfig as PeftLoraConfig
-    from peft import get_peft_model
-
-    everywhere = lora.target_modules == ("all-linear",)
-    return get_peft_model(
-        model,
-        PeftLoraConfig(
-            r=lora.rank,
-            lora_alpha=lora.alpha,
-            lora_dropout=0.0,
-            target_modules="all-linear" if everywhere else list(lora.target_modules),
-            task_type="CAUSAL_LM",
-        ),
-    )
-
-
-def _refuse_adapted_ties(model: PreTrainedModel) -> None:
-    """Input and output embedding are one tensor: an adapter on one of them cannot be merged without the other.
-
-    Raises:
-        ValueError: naming the module.
-    """
-    if model.get_input_embeddings().weight is not model.get_output_embeddings().weight:
-        return
-    for name, module in model.named_modules():
-        if module in (model.get_input_embeddings(), model.get_output_embeddings()) and hasattr(
-            module, "get_delta_weight"
-        ):
-            raise ValueError(
-                f"student.lora.target_modules: {name!r} shares its weight with the other embedding of this model, so "
-                "an adapter on it cannot be served; leave it out"
-            )
-
-
-def _switch_off_dropout(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            setattr(module, "attention_dropout", 0.0)  # noqa: B010 - the type checker knows modules only
+    def _load(self, saved: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> None:
+        _same_shapes(saved, own)
+        for name, tensor in own.items():
+            tensor.copy_(self.ranks.place(saved[name], tensor))
 
 
 def _same_shapes(saved: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> None:
@@ -400,8 +443,12 @@ def _same_shapes(saved: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tens
             raise ValueError(f"{name!r} has shape {list(tensor.shape)} there, {list(own[name].shape)} here")
 
 
-def _contiguous(tensors: dict[str, Any]) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+def _weights_in(folder: Path) -> dict[str, torch.Tensor]:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True)
+    weights: dict[str, torch.Tensor] = model.state_dict()
+    return weights
 
 
 def _names(names: Sequence[str]) -> str:

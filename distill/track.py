@@ -53,7 +53,7 @@ class Copier:
     """Sends what is new in a run's files, and counts."""
 
     def __init__(self, tracker: Tracker, session: Session) -> None:
-        self._tracker, self._after = tracker, session.after
+        self._tracker = tracker
         self._metrics, self._evals = (Tail(session.run_dir / name) for name in ("metrics.jsonl", "evals.jsonl"))
         self.sent = 0
         """Steps that the tracker took."""
@@ -65,8 +65,8 @@ class Copier:
         lines = [(int(line["step"]), 0, values_of(line)) for line in self._metrics.new()]
         lines += [(int(line["step"]), 1, eval_values_of(line)) for line in self._evals.new()]
         for step, kind, values in sorted(lines, key=lambda item: item[:2]):
-            if step < self._after + (kind == 0):
-                continue  # an earlier attempt sent it; the evaluation after its last step may be missing
+            if step < self._tracker.has + (kind == 0):
+                continue  # but the evaluation after the last step may be missing
             try:
                 self._tracker.log(step, values)
             except Exception as error:  # whatever a library raises: the next step may be taken
@@ -125,7 +125,8 @@ def session_of(arguments: argparse.Namespace) -> Session:
         project=arguments.project,
         tags=tuple(arguments.tag),
         config=config,
-        after=arguments.after,
+        resumed=arguments.resumed,
+        recorded=arguments.recorded,
         offline=arguments.offline,
     )
 
@@ -140,7 +141,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--project", default="distill-gym", help="project in W&B and trackio")
     parser.add_argument("--name", help="the run's name there; default: that of its folder")
     parser.add_argument("--tag", action="append", default=[], help="in W&B; repeatable")
-    parser.add_argument("--after", type=int, default=0, metavar="STEP", help="leave out the steps up to this one")
+    parser.add_argument("--resumed", type=int, default=0, metavar="STEP", help="the run was resumed after this step")
+    parser.add_argument("--recorded", type=int, default=0, metavar="STEP", help="and had sent the steps up to this one")
     parser.add_argument("--offline", action="store_true", help="send nothing over the network")
     parser.add_argument(
         "--follow", type=float, metavar="SECONDS", help="go on until stdin ends, and this much longer (for distill.run)"

@@ -51,8 +51,10 @@ class Session:
     tags: tuple[str, ...]
     config: Mapping[str, Any]
     """The resolved configuration; it holds no keys."""
-    after: int
-    """The last step that an earlier attempt sent; 0: this is the first."""
+    resumed: int
+    """The step after which this attempt goes on; 0: this is the first."""
+    recorded: int
+    """The last step that an earlier attempt recorded, and so sent; those after `resumed` are made again. 0: none."""
     offline: bool
 
 
@@ -61,6 +63,8 @@ class Tracker(Protocol):
 
     where: str
     """Where to look, in words for the log."""
+    has: int
+    """The last step that it has already; it wants those after it."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Numbers of one step; steps never go back, but one may come twice with other names."""
@@ -129,6 +133,7 @@ class Wandb:
                 x_save_requirements=False,
             ),
         )
+        self.has = session.recorded
         self.where = f"wandb sync {self._run.dir.removesuffix('/files')}" if session.offline else str(self._run.url)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -149,11 +154,12 @@ class TensorBoard:
         self._event, self._summary = Event, Summary
         folder = session.run_dir / "tensorboard"
         self.where = f"tensorboard --logdir {folder}"
+        self.has = session.resumed
         self._writer = EventFileWriter(str(folder))
-        if session.after:
-            # Readers drop what earlier files have from this step on: it is never drawn twice.
+        if session.recorded > session.resumed:
+            # Readers drop what earlier files have from this step on.
             start = SessionLog(status=SessionLog.START)
-            self._writer.add_event(Event(wall_time=time.time(), step=session.after + 1, session_log=start))
+            self._writer.add_event(Event(wall_time=time.time(), step=session.resumed + 1, session_log=start))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         numbers = [self._summary.Value(tag=name, simple_value=value) for name, value in values.items()]
@@ -175,11 +181,12 @@ class Trackio:
             project=session.project,
             name=session.name,
             config=dict(session.config),
-            resume="allow" if session.after else "never",
+            resume="allow" if session.recorded else "never",
             embed=False,
             auto_log_gpu=False,
             auto_log_cpu=False,
         )
+        self.has = session.recorded
         self.where = f"trackio show --project {session.project}"
 
     def log(self, step: int, values: Mapping[str, float]) -> None:

@@ -33,17 +33,19 @@ class Watch:
 
     Args:
         run_dir: its `metrics.jsonl` as it is continued.
-        after: the last step that an earlier attempt wrote, whether or not it was rewound; 0: there was none.
+        resumed: the step after which this attempt goes on; 0: from the start.
+        recorded: the last step that an earlier attempt wrote, whether or not it was rewound since; 0: there was none.
         say: gets lines for the user.
     """
 
-    def __init__(self, config: RunConfig, run_dir: Path, say: Callable[[str], None], *, after: int = 0) -> None:
+    def __init__(
+        self, config: RunConfig, run_dir: Path, say: Callable[[str], None], *, resumed: int = 0, recorded: int = 0
+    ) -> None:
         self._limits, self._say = config.alarms, say
         path = run_dir / "metrics.jsonl"
         self._lines = deque[Mapping[str, Any]](read_jsonl(path) if path.exists() else (), lookback(self._limits))
         self._alarms: list[Alarm] = []
-        self._trackers = [Follower.start(name, config, run_dir, after) for name in config.tracking.to]
-        self._finish_timeout_s = config.tracking.finish_timeout_s
+        self._trackers = [Follower.start(name, config, run_dir, resumed, recorded) for name in config.tracking.to]
 
     def alarms(self, line: Mapping[str, Any]) -> Metrics:
         """The alarms of a step, for its line in `metrics.jsonl`: how many are on, and 1 for each of them."""
@@ -71,15 +73,11 @@ class Watch:
         if stops := [alarm for alarm in self._alarms if alarm.stops]:
             raise AlarmStop("alarms.stop ends the run:\n" + "\n".join(map(str, stops)))
 
-    def close(self, status: str, *, wait: bool) -> None:
-        """Let the trackers finish, together, for `tracking.finish_timeout_s`; then end them.
-
-        Args:
-            wait: False: end them now.
-        """
+    def close(self, status: str, seconds: float) -> None:
+        """Let the trackers finish, together, for so many seconds at most; then end them."""
         for tracker in self._trackers:
             tracker.tell(status)
-        end = time.monotonic() + (self._finish_timeout_s + GRACE_S if wait else 0)
+        end = time.monotonic() + (seconds + GRACE_S if seconds else 0.0)
         for tracker in self._trackers:
             tracker.end(end, self._say)
 
@@ -96,7 +94,7 @@ class Follower:
     has_complained: bool = False
 
     @classmethod
-    def start(cls, name: str, config: RunConfig, run_dir: Path, after: int) -> Follower:
+    def start(cls, name: str, config: RunConfig, run_dir: Path, resumed: int, recorded: int) -> Follower:
         tracking = config.tracking
         command = [sys.executable, "-m", "distill.track", str(run_dir), "--to", name, "--project", tracking.project]
         flags = ["--name", tracking.name] if tracking.name else []
@@ -104,7 +102,16 @@ class Follower:
         log = run_dir / "logs" / f"tracker_{name}.log"
         with log.open("a") as out:
             process = subprocess.Popen(  # noqa: S603  (our own module)
-                [*command, *flags, "--after", str(after), "--follow", str(tracking.finish_timeout_s)],
+                [
+                    *command,
+                    *flags,
+                    "--resumed",
+                    str(resumed),
+                    "--recorded",
+                    str(recorded),
+                    "--follow",
+                    str(tracking.finish_timeout_s),
+                ],
                 stdin=subprocess.PIPE,
                 stdout=out,
                 stderr=subprocess.STDOUT,

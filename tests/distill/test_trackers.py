@@ -187,11 +187,11 @@ def test_a_second_attempt_goes_on_after_the_last_step_of_the_first(run: RunDir, 
     for step in (1, 2, 3):
         run.append_metrics(line(step))
     assert track(run, name).returncode == 0
-    after = run.last_step()
+    recorded = run.last_step()
     run.rewind(2)  # the checkpoint was older than the last line: step 3 is made again
     for step in (3, 4):
         run.append_metrics(line(step))
-    done = track(run, name, "--after", str(after))
+    done = track(run, name, "--resumed", "2", "--recorded", str(recorded))
     assert done.returncode == 0, done.stdout + done.stderr
     assert read_back(run, name)["teacher_kl"] == [(step, pytest.approx(1.0 / step)) for step in (1, 2, 3, 4)]
 
@@ -205,7 +205,7 @@ def test_it_follows_a_run_that_is_being_written(run: RunDir) -> None:
         out.flush()
         until(lambda: sum(f.read_bytes().count(b"kl/p99") for f in (run.path / "tensorboard").glob("*")) == 2)
         out.write('er_kl": 7.0}\n')
-    watch.close("finished", wait=True)
+    watch.close("finished", 60.0)
     assert [step for step, _ in read_back(run, "tensorboard")["teacher_kl"]] == [1, 2, 3]
 
 
@@ -282,7 +282,7 @@ def test_a_library_that_fails_is_said_once_and_takes_nothing_from_the_run(
     for step in (1, 2, 3):
         run.append_metrics(line(step) | watch.alarms(line(step)))
         watch.speak()
-    watch.close("finished", wait=True)
+    watch.close("finished", 1.0)
     (message,) = said
     assert message.startswith("wandb: ")
     assert SAYS[fault] in message
@@ -319,7 +319,7 @@ def test_an_alarm_is_said_once_until_it_clears(run: RunDir) -> None:
     watch = Watch(config, run.path, said.append)
     for step, share in enumerate(cut, start=1):
         if step == 8:  # a second attempt knows what the first one said: it stands in the lines
-            watch = Watch(config, run.path, said.append, after=7)
+            watch = Watch(config, run.path, said.append, resumed=7, recorded=7)
         before = len(said)
         metrics = {"step": step, "rollout/truncated": share}
         alarms = watch.alarms(metrics)
