@@ -38,6 +38,7 @@ AlarmName = Literal[
     "ratio_clipped",
     "entropy_collapse",
     "length_growth",
+    "repetition",
     "truncated",
     "tool_errors",
     "invalid_calls",
@@ -277,6 +278,11 @@ RULES: dict[AlarmName, Rule] = {
         length_growth,
         "Episodes grow and do not get better: repetition, or a closing token that is no longer sampled.",
         "Read the longest episodes in the viewer; lower optim.lr or rollout.max_turn_tokens.",
+    ),
+    "repetition": Rule(
+        sustained("rollout/repeated", "repetition", "{:.0%}"),
+        "The student says the same again and again within a turn: it has collapsed, or is about to.",
+        "Go back to an earlier checkpoint with a lower optim.lr; read the episodes.",
     ),
     "truncated": Rule(
         sustained("rollout/truncated", "truncated", "{:.0%}"),

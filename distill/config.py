@@ -435,6 +435,8 @@ class AlarmsConfig(Section):
     length_growth: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = 2.0
     """length_growth: sampled tokens an episode as a multiple of up to 50 steps before, while `teacher_kl` did not
     fall."""
+    repetition: Fraction | None = 0.4
+    """repetition: share of a turn's sequences of four tokens that it repeats (`rollout/repeated`), for a window."""
     truncated: Fraction | None = 0.25
     """truncated: share of episodes cut short by a token budget, for a window."""
     tool_errors: Fraction | None = 0.05

@@ -45,7 +45,12 @@ class Watch:
         path = run_dir / "metrics.jsonl"
         self._lines = deque[Mapping[str, Any]](read_jsonl(path) if path.exists() else (), lookback(self._limits))
         self._alarms: list[Alarm] = []
-        self._trackers = [Follower.start(name, config, run_dir, resumed, recorded) for name in config.tracking.to]
+        self._trackers: list[Follower] = []
+        for name in config.tracking.to:
+            try:
+                self._trackers.append(Follower.start(name, config, run_dir, resumed, recorded))
+            except OSError as error:  # no process, no log file: that ends no run
+                say(f"{name}: cannot be started: {error}")
 
     def alarms(self, line: Mapping[str, Any]) -> Metrics:
         """The alarms of a step, for its line in `metrics.jsonl`: how many are on, and 1 for each of them."""
@@ -122,7 +127,10 @@ class Follower:
 
     def last_line(self) -> str:
         """What the process said last; what a library printed, only where it died without a word."""
-        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        try:
+            lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        except OSError as error:
+            return f"its log cannot be read: {error}"
         ours = [line.removeprefix(MARK) for line in lines if line.startswith(MARK)]
         return (ours or lines or ["it said nothing"])[-1][:300]
 

@@ -12,6 +12,7 @@ import pytest
 
 from distill.alarms import RULES, AlarmName, alarms_of, lookback
 from distill.config import AlarmsConfig
+from distill.metrics import repeated_share
 
 SERIES = Path(__file__).parent / "series"
 DEFAULT = AlarmsConfig()
@@ -46,6 +47,7 @@ def healthy(step: int, noise: random.Random) -> Line:
         "teacher/coverage": 1.0,
         "rollout/episodes": 64,
         "rollout/sampled_tokens_per_episode": 200 * noise.uniform(0.8, 1.2),
+        "rollout/repeated": 0.5 * noise.random(),
         "rollout/truncated": noise.choice([0.0] * 5 + [0.05] * 4 + [0.3]),
         "tool/error_rate": noise.choice([0.0, 0.02, 0.2]),
         "tool/valid_call_rate": noise.uniform(0.7, 1.0),
@@ -102,6 +104,7 @@ SHAPES: dict[AlarmName, tuple[Callable[[int, Line], Line], range]] = {
         lambda i, line: {"rollout/sampled_tokens_per_episode": 200 * 1.05**i},
         range(10, 25),
     ),
+    "repetition": (lambda i, _: {"rollout/repeated": 0.9}, range(3, 6)),
     "truncated": (lambda i, _: {"rollout/truncated": 0.3}, range(3, 6)),
     "tool_errors": (lambda i, _: {"tool/error_rate": 0.06}, range(8, 11)),
     "invalid_calls": (lambda i, _: {"tool/valid_call_rate": 0.75}, range(6, 11)),
@@ -148,6 +151,14 @@ def test_what_is_not_computed_raises_nothing(name: AlarmName) -> None:
     bare = [{"step": line["step"]} for line in lines]
     empty: list[Line] = [dict.fromkeys(line) | {"step": line["step"]} for line in lines]
     assert steps_on(bare) == steps_on(empty) == {}
+
+
+def test_repeated_sequences_are_counted_within_a_turn() -> None:
+    assert repeated_share(range(100)) == 0.0
+    assert repeated_share([5] * 12) == pytest.approx(8 / 9)
+    assert repeated_share([1, 2, 3, 4] * 25) == pytest.approx(1 - 4 / 97)
+    assert repeated_share([0, 0, 0, 1, 0, 0, 0, 2]) == 0.0  # zeros are tokens too
+    assert repeated_share([1] * 6) is None
 
 
 def test_a_student_that_arrives_loses_entropy_without_an_alarm() -> None:

@@ -53,6 +53,7 @@ def test_an_alarm_stops_the_run_saves_and_can_be_passed_by(make: Callable[..., W
     assert "error: alarms.stop ends the run:\nALARM truncated: rollout/truncated is " in done.stderr
     assert "Traceback" not in done.stderr
     first, second = workplace.lines("one")
+    assert 0 <= first["rollout/repeated"] < 0.5
     assert (first["alarms"], second["alarm/truncated"]) == (0, 1)
     run = workplace.path / "runs" / "one"
     assert (run / "checkpoints" / "step_000002").is_dir()
