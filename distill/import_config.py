@@ -107,7 +107,8 @@ def read(file: str | None, words: Sequence[str] = ()) -> tuple[str, Draft, str]:
     Raises:
         ConfigError: not to be read, or of no system that is known.
     """
-    name, entries, system = "arguments", [], verl.NAME
+    name, system = "arguments", verl.NAME
+    entries: list[Entry] = []
     folder: Path | None = None
     if file is not None:
         if file == "-":

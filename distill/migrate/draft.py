@@ -39,7 +39,7 @@ class Setting:
 
 
 class Draft:
-    """Settings and rows; every entry of the source has a row in the end, or `close` fails."""
+    """Settings and rows; every entry of the source has one row in the end, or `close` fails."""
 
     def __init__(self, entries: Sequence[Entry]) -> None:
         self.settings: dict[str, Setting] = {}
@@ -107,7 +107,7 @@ class Draft:
         assert not self._open, [entry.key for entry in self._open.values()]
 
     def _report(self, entry: Entry, verdict: Verdict, words: str) -> None:
-        self._open.pop(id(entry), None)
+        del self._open[id(entry)]  # one row each
         self.rows.append(Row(entry.origin, entry.key, shown(entry.value), verdict, words))
 
 
@@ -156,7 +156,8 @@ def later(draft: Draft, entry: Entry) -> None:
 
 
 def apply(draft: Draft, rules: Mapping[str, Rule]) -> None:
-    """Give each entry to its rule: that of its key, else the one of the longest `prefix.*`."""
+    """Give each entry to its rule: that of its key, else the one of the longest `prefix.*`. Entries whose value cannot
+    be read have their row then, and are taken out of `entries`."""
     for entry in list(draft.entries.values()):
         rule = rules.get(entry.key)
         parts = entry.key.split(".")
@@ -164,10 +165,12 @@ def apply(draft: Draft, rules: Mapping[str, Rule]) -> None:
             rule = rule or rules.get(".".join(parts[:length]) + ".*")
         if rule is None:
             draft.unknown(entry, [key for key in rules if not key.endswith("*")])
-        elif entry.value is None and rule is not later:
+        elif entry.value is None:
             draft.drop(entry, "null: nothing is set")
-        elif isinstance(entry.value, str) and "$" in entry.value:
+            del draft.entries[entry.key]
+        elif "$" in shown(entry.value):
             draft.refuse(entry, "holds a variable that only the source system resolves; write the value")
+            del draft.entries[entry.key]
         else:
             try:
                 rule(draft, entry)

@@ -305,9 +305,7 @@ def _gpus(draft: Draft, key: str, inference: str, ours: str) -> None:
                 draft.map(entry, f"{table}.{name}", integer(entry.value))
             except ValueError as error:
                 draft.refuse(entry, str(error))
-    if given is None or given.value is None:
-        if given is not None:
-            draft.drop(given, "null: nothing is set")
+    if given is None:
         return
     try:
         gpus = integers(given.value)

@@ -224,8 +224,8 @@ def _rows(draft: Draft, tasks: Path) -> None:
     except TaskError as error:
         draft.say(shown_path(tasks), tasks.name, "impossible", str(error))
         return
-    for error in bad[:MAX_BAD_ROWS]:
-        draft.say(str(error).partition(": ")[0], tasks.name, "impossible", error.message)
+    for row in bad[:MAX_BAD_ROWS]:
+        draft.say(str(row).partition(": ")[0], tasks.name, "impossible", row.message)
     more = f", {len(bad)} rows are bad" if bad else ""
     draft.say(shown_path(tasks), tasks.name, "mapped", f"{count} tasks{more}")
 

@@ -195,7 +195,7 @@ def _lora(draft: Draft) -> None:
         ("target_modules", "target_modules", texts),
     )
     rank = draft.entries.get("actor_rollout_ref.model.lora_rank")
-    switched_on = rank is not None and rank.value not in (0, None)
+    switched_on = rank is not None and rank.value != 0
     for theirs, ours, value_of in keys:
         entry: Entry | None = draft.entries.get(f"actor_rollout_ref.model.{theirs}")
         if entry is None:
@@ -204,7 +204,7 @@ def _lora(draft: Draft) -> None:
             draft.drop(entry, "no adapter: lora_rank is 0")
             continue
         try:
-            draft.map(entry, f"student.lora.{ours}", value_of(entry.value))  # type: ignore[operator]
+            draft.map(entry, f"student.lora.{ours}", value_of(entry.value))
         except ValueError as error:
             draft.refuse(entry, str(error))
     if switched_on:
@@ -215,7 +215,7 @@ def _warmup(draft: Draft) -> None:
     absolute, ratio = (draft.entries.get(f"{ACTOR}.optim.{k}") for k in ("lr_warmup_steps", "lr_warmup_steps_ratio"))
     try:
         if absolute is not None:
-            if absolute.value is None or integer(absolute.value) < 0:
+            if integer(absolute.value) < 0:
                 draft.drop(absolute, "the ratio is what counts")
             else:
                 draft.map(absolute, "optim.warmup_steps", integer(absolute.value))

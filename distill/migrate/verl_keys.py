@@ -173,7 +173,7 @@ RULES: dict[str, Rule] = {
 }
 
 KL_TYPES = {
-    "kl": "k1 backpropagated has no expected gradient; written: loss.type = sampled, the reverse KL that it is named for",
+    "kl": "k1 backpropagated has no expected gradient; written: loss.type = sampled, the reverse KL",
     "low_var_kl": "k3 backpropagated follows the forward KL; not offered. Written: loss.type = sampled, the reverse KL",
     "k1": "k1 backpropagated has no expected gradient; written: loss.type = sampled, the reverse KL",
     "k3": "k3 backpropagated follows the forward KL; not offered. Written: loss.type = sampled, the reverse KL",
