@@ -39,8 +39,8 @@ format: dev
 bench: dev  ## the figures of bench/README.md, quick sizes
 	$(PY) -m bench.rollout
 	$(PY) -m bench.engine
-	$(PY) -m bench.loss
-	$(PY) -m bench.loss_cost --quick
+	$(PY) -m bench.estimators
+	$(PY) -m bench.loss --quick
 	$(PY) -m bench.step
 	$(PY) -m bench.trainer --quick
 	$(PY) -m bench.browse --pages 50

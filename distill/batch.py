@@ -1,4 +1,4 @@
-"""From scored episodes to padded tensors. `collate` is the only place that shifts by one."""
+"""From scored episodes to tensors. `collate` is the only place that shifts by one."""
 
 from __future__ import annotations
 
@@ -93,19 +93,27 @@ def group_advantages(episodes: Sequence[Episode]) -> list[float]:
     return [(e.reward or 0.0) - means[e.task.id] for e in episodes]
 
 
-def split_micro_batches(items: Sequence[TrainItem], max_tokens: int) -> list[list[TrainItem]]:
-    """Group traces of like length, so that a padded group has at most `max_tokens` inputs; a longer trace goes alone.
+def split_micro_batches(items: Sequence[TrainItem], max_tokens: int, *, packed: bool) -> list[list[TrainItem]]:
+    """Group traces so that a forward pass has at most `max_tokens` inputs, padding included; a longer trace goes alone.
 
     The split changes speed and memory, no result: the denominator of the loss is the whole step's.
+
+    Args:
+        packed: traces lie end to end, so a group takes what fits (longest first, into the first group with room);
+            else each takes as much as the longest, so groups are of like length.
     """
     groups: list[list[TrainItem]] = []
-    widest = 0
+    tokens: list[int] = []
     for length, item in sorted(((item.num_inputs, item) for item in items), key=lambda pair: -pair[0]):
-        if groups and widest * (len(groups[-1]) + 1) <= max_tokens:
-            groups[-1].append(item)
+        for i in range(0 if packed else max(0, len(groups) - 1), len(groups)):
+            more = length if packed else groups[i][0].num_inputs
+            if tokens[i] + more <= max_tokens:
+                groups[i].append(item)
+                tokens[i] += more
+                break
         else:
             groups.append([item])
-            widest = length
+            tokens.append(length)
     return groups
 
 
@@ -126,8 +134,9 @@ class _Rows:
     """1, or with `turn_balance` more in turns of few tokens."""
 
 
-def collate(items: Sequence[TrainItem]) -> Batch:
-    """Pad traces on the right and gather their trained rows, trace by trace in order.
+def collate(items: Sequence[TrainItem], *, packed: bool) -> Batch:
+    """Lay traces end to end (`packed`) or pad them on the right, and gather their trained rows, trace by trace in
+    order.
 
     Raises:
         ValueError: no items; a trained token without a teacher or sampling score, at position 0, or, where one trace
@@ -136,11 +145,18 @@ def collate(items: Sequence[TrainItem]) -> Batch:
     if not items:
         raise ValueError("collate: no traces")
     rows = [_rows_of(item) for item in items]
-    lengths = [len(row.input_ids) for row in rows]
+    lengths = np.array([len(row.input_ids) for row in rows])
     counts = [len(row.positions) for row in rows]
-    inputs = np.zeros((len(rows), max(lengths)), dtype=np.int64)
-    for i, row in enumerate(rows):
-        inputs[i, : lengths[i]] = row.input_ids
+    if packed:
+        inputs = np.concatenate([row.input_ids for row in rows])[None]
+        sequences = np.zeros(len(rows), dtype=np.int64)
+        offsets = lengths.cumsum() - lengths
+    else:
+        inputs = np.zeros((len(rows), max(lengths)), dtype=np.int64)
+        for i, row in enumerate(rows):
+            inputs[i, : lengths[i]] = row.input_ids
+        sequences = np.arange(len(rows))
+        offsets = np.zeros(len(rows), dtype=np.int64)
 
     def joined(name: str) -> torch.Tensor:
         return torch.from_numpy(np.concatenate([getattr(row, name) for row in rows]))
@@ -148,9 +164,10 @@ def collate(items: Sequence[TrainItem]) -> Batch:
     topk_ids, topk_logprobs = _topk_of(items, rows)
     return Batch(
         input_ids_BT=torch.from_numpy(inputs),
-        lengths_B=torch.tensor(lengths),
-        seq_N=torch.from_numpy(np.repeat(np.arange(len(rows)), counts)),
-        pos_N=joined("positions") - 1,  # the row that predicts token i stands at i - 1
+        boundaries=torch.from_numpy(np.append(0, lengths.cumsum())) if packed else None,
+        lengths_B=torch.from_numpy(lengths),
+        seq_N=torch.from_numpy(np.repeat(sequences, counts)),
+        pos_N=joined("positions") - 1 + torch.from_numpy(np.repeat(offsets, counts)),  # token i is predicted at i - 1
         targets_N=joined("targets"),
         sampling_logprobs_N=joined("sampling"),
         teacher_logprobs_N=joined("teacher"),

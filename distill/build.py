@@ -174,6 +174,8 @@ def build(config: RunConfig, console: Console, folder: Path) -> Parts:
             student.load_teacher(teacher_path)
         except ValueError as error:
             raise BuildError(f"teacher: {error}") from error
+    if student.padded_because is not None:
+        console.say(f"micro-batches are padded, not packed: {student.padded_because}")
     env = make_env(config, verify=False)
     place = Place(config=config, folder=folder, lora_modules=student.adapted_modules)
     student_endpoint = place.student(student, student_path, renderer)

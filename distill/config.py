@@ -309,7 +309,8 @@ class OptimConfig(Section):
     max_grad_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Gradients are scaled down to this L2 norm where theirs is larger."""
     micro_batch_tokens: Count = 16_384
-    """Tokens (padding included) of one forward pass; a longer trace goes alone. Bounds memory, changes no result."""
+    """Tokens of one forward pass, padding included where a model's traces cannot be packed; a longer trace goes alone.
+    Bounds memory, changes no result."""
 
 
 class CheckpointConfig(Section):

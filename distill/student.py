@@ -94,6 +94,13 @@ class Student:
         """The `transformers` model, without PEFT's wrapper around it."""
         return self.rows.model
 
+    @property
+    def padded_because(self) -> str | None:
+        """Why the traces of a micro-batch are padded; None where they lie end to end. A teacher of
+        `loss.type = "full"` sees the same rows, so it has its say."""
+        teacher = None if self._teacher is None else self._teacher.padded_because
+        return self.rows.padded_because or teacher
+
     def set_teacher(self, model: PreTrainedModel) -> None:
         """The teacher of `loss.type = "full"`: it sees the student's inputs, and no system prompt of its own.
 
@@ -146,8 +153,9 @@ class Student:
         self._causal_lm.train()
         self.optimizer.zero_grad()
         try:
-            for group in split_micro_batches(items, self.config.optim.micro_batch_tokens):
-                loss += self._accumulate(collate(group), num_trained, rows, episodes, step)
+            packed = self.padded_because is None
+            for group in split_micro_batches(items, self.config.optim.micro_batch_tokens, packed=packed):
+                loss += self._accumulate(collate(group, packed=packed), num_trained, rows, episodes, step)
             grad_norm = self.optimizer.clip()
             if not grad_norm < float("inf"):
                 names = self.optimizer.non_finite()
@@ -177,7 +185,9 @@ class Student:
         self, batch: Batch, num_trained: int, rows: StepRows, episodes: Sequence[Episode], step: int
     ) -> float:
         """Add one micro-batch to the gradients; returns its part of the loss."""
-        loss, metrics_N = self.rows(batch, Objective(self.config.loss, num_trained, self._teacher))
+        loss, metrics_N = self.rows(
+            batch, Objective(self.config.loss, num_trained, self._teacher, self.config.rollout.temperature)
+        )
         rows.add(batch, metrics_N)
         value = float(loss.detach())
         if not abs(value) < float("inf"):
@@ -219,6 +229,7 @@ class Student:
             model = model.merge_and_unload()
         if self.config.student.gradient_checkpointing:
             model.gradient_checkpointing_disable()
+        model.set_attn_implementation(self.rows.attention)
         served: PreTrainedModel = model.eval().requires_grad_(False)
         return served
 

@@ -6,6 +6,7 @@ V vocabulary. The trainer is blind to text: it sees ids, masks and numbers.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -56,14 +57,18 @@ class TeacherScorer(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
-    """Traces, padded on the right, and the rows of them whose prediction is wanted.
+    """Traces, and the rows of them whose prediction is wanted: end to end in one sequence (packed), or each a
+    sequence of its own (padded).
 
-    Row n predicts token `targets_N[n]` from position `pos_N[n]` of sequence `seq_N[n]`: the token stands at
-    `pos_N[n] + 1`.
+    Row n predicts token `targets_N[n]` from position `pos_N[n]` of sequence `seq_N[n]`: of the same trace, the token
+    that follows.
     """
 
     input_ids_BT: torch.Tensor
-    """[B, T] int64, padded with 0 on the right; the last token of a trace is never an input."""
+    """[B, T] int64; the last token of a trace is never an input. Packed: B = 1, nothing between traces. Padded: with 0
+    on the right."""
+    boundaries: torch.Tensor | None = None
+    """[S + 1] int64, on the CPU: trace s is [boundaries[s], boundaries[s + 1]) of the one sequence. None: padded."""
     seq_N: torch.Tensor
     """[N] int64"""
     pos_N: torch.Tensor
@@ -78,7 +83,7 @@ class Batch(Inputs):
     by one."""
 
     lengths_B: torch.Tensor
-    """[B] int64, valid inputs."""
+    """[S] int64, inputs of each trace, in order; B of them where they are padded."""
     sampling_logprobs_N: torch.Tensor
     """[N] float32"""
     teacher_logprobs_N: torch.Tensor
@@ -101,6 +106,21 @@ class Batch(Inputs):
     @property
     def num_trained(self) -> int:
         return int(self.targets_N.numel())
+
+    def rows(self, start: int, end: int, device: torch.device | None = None) -> Batch:
+        """Rows [start, end) of all that is said by row; the inputs stay.
+
+        Args:
+            device: where these rows are to lie.
+        """
+        if start == 0 and end >= self.num_trained and device in (None, self.targets_N.device):
+            return self
+        changes = {
+            f.name: value[start:end].to(device=device)
+            for f in dataclasses.fields(self)
+            if f.name.endswith(("_N", "_NK")) and (value := getattr(self, f.name)) is not None
+        }
+        return dataclasses.replace(self, **changes)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -2,14 +2,15 @@
 
     my_folder/
       tools.py       optional; without it an episode is a single turn
+      rewards.py     optional: functions with `@reward` (envs.rewards)
       train.jsonl
       eval.jsonl     optional: held-out tasks
       test.jsonl     optional: the split `test`
 
 `python -m distill.run --env path/to/my_folder`
 
-A function `grade(task, state, messages) -> dict[str, float]` in `tools.py` is the grader; without one an episode
-succeeds if its last message, or the arguments of its last calls, contain `metadata.answer`.
+The functions of `rewards.py` grade, else `grade(task, state, messages) -> dict[str, float]` in `tools.py`; without
+either an episode succeeds if its last message, or the arguments of its last calls, contain `metadata.answer`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from types import ModuleType
 from typing import Any
 
 from envs.registry import RegistryError
+from envs.rewards import Reward
 from envs.tool_env import Grader, ToolEnv
 from envs.types import Message, Task
 from tools.tool import Tool
@@ -57,6 +59,8 @@ class FolderEnv(ToolEnv):
             raise FolderError(f"{self.path} is no environment: {NOTHING_THERE}")
         file = self.path / "tools.py"
         self._module = _import(file) if file.is_file() else None
+        file = self.path / "rewards.py"
+        self._rewards = _import(file) if file.is_file() else None
         super().__init__(**kwargs)
         self.env_id = self.path.resolve().name
 
@@ -83,8 +87,21 @@ class FolderEnv(ToolEnv):
         file = self.path / f"{split}.jsonl"
         return read_tasks(file, limit=num_tasks) if file.is_file() else ()
 
+    def rewards(self) -> Sequence[Reward]:
+        if self._rewards is None:
+            return ()
+        found = list(dict.fromkeys(value for value in vars(self._rewards).values() if isinstance(value, Reward)))
+        if not found:
+            file = self.path / "rewards.py"
+            raise FolderError(
+                f"{file} declares no reward: put @reward (`from envs.rewards import reward`) on functions, or delete it"
+            )
+        return found
+
     def grader(self) -> Grader:
-        """`grade` of `tools.py`, or `contains_answer`."""
+        """The rewards, `grade` of `tools.py`, or `contains_answer`."""
+        if self._rewards is not None:
+            return super().grader()
         grade = getattr(self._module, "grade", None)
         return grade if callable(grade) else contains_answer
 

@@ -230,3 +230,5 @@ def is_path(id: str) -> bool:
 
 
 register("medbrowse", "envs.medbrowse.env:MedBrowseEnv")
+register("reasoning", "envs.reasoning:ReasoningEnv")
+register("gsm8k", "envs.reasoning:Gsm8kEnv")

@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import copy
 import difflib
+import inspect
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,14 @@ import gymnasium
 from gymnasium.error import ResetNeeded
 
 from envs.background import run_in_background
+from envs.rewards import Reward, grader_of
 from envs.spaces import AssistantSpace, MessagesSpace
 from envs.types import AssistantMessage, Limits, Message, StepOutcome, StopReason, Task
 from tools.tool import Tool
 from tools.toolbox import Toolbox
 from tools.types import ToolCall, ToolError, ToolErrorKind, ToolResult, ToolSpec
 
-Grader = Callable[[Task, dict[str, Any], Sequence[Message]], dict[str, float]]
+Grader = Callable[[Task, dict[str, Any], Sequence[Message]], dict[str, float] | Awaitable[dict[str, float]]]
 """(task, the episode's state, all messages of the episode) -> tracked rewards by name; `success` in [0, 1] is the
 headline."""
 
@@ -111,8 +113,14 @@ class ToolEnv(gymnasium.Env[tuple[Message, ...], AssistantMessage]):
         page store's manifest)."""
         return {}
 
+    def rewards(self) -> Sequence[Reward]:
+        """Reward functions (`envs.rewards`); a simpler way to grade than `grader`."""
+        return ()
+
     def grader(self) -> Grader:
-        """Built once, and only where verification is on."""
+        """Built once, and only where verification is on. Of `rewards`, if there are any."""
+        if rewards := self.rewards():
+            return grader_of(rewards)
         raise NotImplementedError(f"environment {self.env_id!r} has no grader; run it with skip_verification = true")
 
     # The contract
@@ -241,7 +249,8 @@ class ToolEnv(gymnasium.Env[tuple[Message, ...], AssistantMessage]):
             raise RuntimeError("verify was called with skip_verification: nothing is graded in pure distillation")
         if self._grader is None:
             self._grader = self.grader()
-        return self._grader(self.task, self.state, tuple(self.messages))
+        rewards = self._grader(self.task, self.state, tuple(self.messages))
+        return await rewards if inspect.isawaitable(rewards) else rewards
 
     async def aclose(self) -> None:
         """Free what `on_reset` took."""

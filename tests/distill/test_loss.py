@@ -108,6 +108,22 @@ def test_off_policy_the_ratio_corrects_it(kind: Any, top_k: int) -> None:
     assert relative_error(expected, exact_gradient(logits, teacher)) < 1e-6
 
 
+@pytest.mark.parametrize("temperature", [0.6, 1.5])
+def test_another_temperature_is_off_policy_too(temperature: float) -> None:
+    """What is trained is the policy of temperature 1; `mismatch` compares at the temperature of the sampler."""
+    logits, teacher = distributions(7)
+    sampler = (logits / temperature).log_softmax(-1)
+    gradients_VV = gradients_by_token(logits, teacher, LossConfig(rho=1000.0), sampler=sampler)
+    expected = (sampler.exp()[:, None] * gradients_VV).sum(0)
+    assert relative_error(expected, exact_gradient(logits, teacher)) < 1e-6
+
+    found = reverse_kl_loss(
+        logits.expand(V, V), rows(list(range(V)), sampler, teacher), LossConfig(), V, temperature=temperature
+    ).metrics_N
+    assert float(found["mismatch"].abs().max()) < 1e-12
+    assert float((found["ratio"] - 1).abs().max()) > 0.1
+
+
 @pytest.mark.parametrize("kind", ["sampled", "topk", "full"])
 def test_advantage_term_is_the_policy_gradient(kind: Any) -> None:
     logits, teacher = distributions(6)

@@ -23,7 +23,7 @@ from training_cases import (
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from agent_loop.types import Episode
-from distill import rows as rows_module
+from distill import head as head_module
 from distill.config import LoraConfig, OptimConfig, RunConfig
 from distill.optim import lr_at
 from distill.serving.embedded import EmbeddedEngine
@@ -72,7 +72,7 @@ def test_the_split_of_the_head_does_not_matter(monkeypatch: pytest.MonkeyPatch) 
     for loss in ("sampled", "topk", "full"):
         _, wanted = step_once(episodes, run_config(loss={"type": loss}))
         with monkeypatch.context() as patch:
-            patch.setattr(rows_module, "MAX_LOGITS", 5 * VOCAB)  # five rows at a time
+            patch.setitem(head_module.SLICE_BYTES, "cpu", 5 * VOCAB * 4)  # five rows at a time
             _, found = step_once(episodes, run_config(loss={"type": loss}))
         assert_same_gradients(found, wanted, 1e-9)
 

@@ -172,7 +172,9 @@ def test_plugins_are_listed_without_import() -> None:
     found = python(code, PLUGINS)
     assert found["sources"] == {
         "counting": "plug-in",
+        "gsm8k": "built-in",
         "medbrowse": "built-in",
+        "reasoning": "built-in",
         "sample/broken": "plug-in",
         "sample/missing": "plug-in",
         "sample/wrong": "plug-in",
