@@ -170,11 +170,11 @@ def _folder(draft: Draft, folder: Path | None) -> Path | None:
             draft.drop(entry, "the folder's train.jsonl is read by itself")
         else:
             draft.map(entry, "tasks.train", shown_path(tasks))
-    if (folder / "tools.py").is_file():
-        _tools(draft, folder / "tools.py")
+    for source in ("tools.py", "rewards.py"):
+        if (folder / source).is_file():
+            _code(draft, folder / source)
     if (folder / "rewards.py").is_file():
-        words = "not read: a function grade(task, state, messages) in tools.py is the grader (envs/folder.py)"
-        draft.say(shown_path(folder / "rewards.py"), "rewards.py", "impossible", words)
+        draft.add("skip_verification", False, "rewards are tracked in distill mode")
     if tasks.is_file():
         _rows(draft, tasks)
         return tasks
@@ -187,31 +187,42 @@ def _as_env(folder: Path) -> str:
     return relative if Path(relative).is_absolute() else "." if relative == "." else f"./{relative}"
 
 
-def _tools(draft: Draft, file: Path) -> None:
-    """What in rnow's tools.py does not run here. The file is parsed, not run."""
+_IMPORTS = {
+    "tools.py": "write `from tools.tool import Metadata, tool` in its place (docs/write_an_env.md)",
+    "rewards.py": "write `from envs.rewards import RewardArgs, reward` in its place (docs/write_an_env.md)",
+}
+
+
+def _code(draft: Draft, file: Path) -> None:
+    """What in rnow's tools.py or rewards.py does not run here. The file is parsed, not run."""
     place = shown_path(file)
+
+    def refuse_line(line: int, words: str) -> None:
+        draft.say(f"{place}:{line}", file.name, "impossible", words)
+
     try:
         tree = ast.parse(file.read_bytes(), filename=place)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        line = getattr(error, "lineno", None) or 1
-        draft.say(f"{place}:{line}", "tools.py", "impossible", f"cannot be parsed: {type(error).__name__}")
+        refuse_line(getattr(error, "lineno", None) or 1, f"cannot be parsed: {type(error).__name__}")
         return
     before = len(draft.rows)
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "rnow":
-            words = "write `from tools.tool import Metadata, tool` in its place (docs/write_an_env.md)"
-            draft.say(f"{place}:{node.lineno}", "tools.py", "impossible", words)
+            gone = [name.name for name in node.names if name.name in ("get_response", "llm_judge")]
+            also = f"; there is no {', '.join(gone)}: read messages[-1]" if gone else ""
+            refuse_line(node.lineno, _IMPORTS[file.name] + also)
         elif isinstance(node, ast.Import) and any(name.name.partition(".")[0] == "rnow" for name in node.names):
-            draft.say(f"{place}:{node.lineno}", "tools.py", "impossible", "rnow's package is not there; tools.tool is")
+            refuse_line(node.lineno, _IMPORTS[file.name])
         elif isinstance(node, ast.arg) and isinstance(node.annotation, ast.Name) and node.annotation.id == "ToolArgs":
-            words = f"`{node.arg}: ToolArgs`: write `metadata: Metadata`, the task's metadata as a dict"
-            draft.say(f"{place}:{node.lineno}", "tools.py", "impossible", words)
-        elif isinstance(node, ast.keyword) and node.arg == "sandbox":
-            draft.say(
-                f"{place}:{node.lineno}", "tools.py", "impossible", "no sandbox: a tool runs in the run's process"
-            )
+            refuse_line(node.lineno, f"`{node.arg}: ToolArgs`: write `metadata: Metadata`, a dict of the task's")
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("tool", "reward"):
+            for keyword in node.keywords:
+                if keyword.arg == "sandbox":
+                    refuse_line(keyword.lineno, "no sandbox: it runs in the run's own process")
+                elif keyword.arg == "timeout":
+                    refuse_line(keyword.lineno, "write timeout_s=" if file.name == "tools.py" else "no such setting")
     if len(draft.rows) == before:
-        draft.say(place, "tools.py", "mapped", "the folder's tools")
+        draft.say(place, file.name, "mapped", "read as it is: the folder is the environment")
 
 
 def _rows(draft: Draft, tasks: Path) -> None:

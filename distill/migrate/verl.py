@@ -160,6 +160,7 @@ def _turns(draft: Draft) -> None:
         if several is not None:
             draft.drop(several, "one turn: rollout.max_turns = 1")
         draft.add("rollout.max_turns", 1, "verl plays single turns unless multi_turn.enable")
+        draft.add("env", "reasoning", "prompts without tools; its tasks are those of tasks.train")
     for key in ("data.max_prompt_length", f"{ROLLOUT}.prompt_length"):
         prompt = draft.entries.get(key)
         if prompt is None:

@@ -120,7 +120,7 @@ RULES: dict[str, Rule] = {
     "critic.*": drop(_NO_CRITIC),
     "reward_model.*": drop(_REWARDS),
     "reward.*": drop(_REWARDS),
-    "custom_reward_function.*": drop(f"{_REWARDS}; as a grader for evaluation: grade() in tools.py (envs/folder.py)"),
+    "custom_reward_function.*": drop(f"{_REWARDS}; for evaluation: @reward functions (docs/write_an_env.md)"),
     # rollouts
     f"{ROLLOUT}.temperature": to("rollout.temperature", number, TEMPERATURE),
     f"{ROLLOUT}.top_p": to("rollout.top_p", number),

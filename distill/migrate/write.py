@@ -15,7 +15,7 @@ WIDTH = 118
 
 
 def toml(settings: dict[str, Setting], title: str) -> str:
-    """A configuration file: each key with where it comes from; `env` and `student.model` as a comment where missing."""
+    """A configuration file: each key with where it comes from; as a comment what a run needs and the source lacks."""
     top = [f"# {printable(title)}"]
     if "env" not in settings:
         top.append(
@@ -34,6 +34,9 @@ def toml(settings: dict[str, Setting], title: str) -> str:
     if "student.model" not in settings:
         missing = '# model = "..."    # REQUIRED, and not in the source: the model that is trained'
         sections.setdefault("student", []).insert(0, missing)
+    if "env" in settings and settings["env"].value == "reasoning" and "tasks.train" not in settings:
+        missing = '# train = "train.jsonl"    # REQUIRED: a task file (docs/formats.md) of convert_dataset.py'
+        sections.setdefault("tasks", []).insert(0, missing)
     ordered = sorted((name for name in sections if name), key=order.index)
     lines = [*top, *sections[""]]
     for name in ordered:

@@ -120,6 +120,13 @@ def add(a: int, b: int) -> int:
     """Add two numbers."""
     return a + b
 '''
+REWARDS = """from envs.rewards import RewardArgs, reward
+
+
+@reward
+def right(args: RewardArgs, messages: list) -> float:
+    return float(args.metadata.get("answer", "") in messages[-1]["content"])
+"""
 
 
 @pytest.fixture
@@ -276,6 +283,7 @@ def test_two_names_for_one_key_that_differ_are_told(place: Path) -> None:
 def test_rnow_with_its_folder(place: Path) -> None:
     write("my/config.yml", RNOW + "trainer:\n  num_epochs: 3\n  learning_rate: 2e-4\n")
     write("my/tools.py", TOOLS)
+    write("my/rewards.py", REWARDS)
     write(
         "my/train.jsonl",
         "".join(json.dumps({"messages": [{"role": "user", "content": str(i)}]}) + "\n" for i in range(10)),
@@ -283,6 +291,7 @@ def test_rnow_with_its_folder(place: Path) -> None:
     assert main(["my/config.yml", "--out", "new.toml"]) == EXIT_OK
     config = load_config(["new.toml"]).config
     assert config.env == "./my"
+    assert not config.skip_verification
     assert config.steps == 8  # ceil(3 x 10 / 4)
     assert config.optim.lr == 2e-4  # text to YAML 1.1
     lora = config.student.lora
@@ -304,13 +313,13 @@ def test_rnow_files_that_need_a_hand_are_told_with_their_line(place: Path) -> No
     write("my/tools.py", "from rnow.core import tool\nfrom rnow.models import ToolArgs\n\n\n@tool(sandbox=True)\n"
           'def f(args: ToolArgs) -> str:\n    """F."""\n    return ""\n')  # fmt: skip
     write("my/train.jsonl", '{"messages": [{"role": "user", "content": "a"}]}\n{"messages": [], "docker": "x"}\n')
-    write("my/rewards.py", "")
+    write("my/rewards.py", "from rnow.models import get_response\n")
     rows = read("my/config.yml")[1].rows
     told = {(r.origin, r.verdict) for r in rows}
     assert {(f"my/tools.py:{line}", "impossible") for line in (1, 2, 5, 6)} <= told
     assert ("my/train.jsonl:2", "impossible") in told
     assert ("my/train.jsonl", "mapped") in told
-    assert any(r.key == "rewards.py" for r in rows)
+    assert next(r.words for r in rows if r.origin == "my/rewards.py:1").endswith("read messages[-1]")
 
 
 def test_rnow_reads_nothing_outside_of_its_folder(place: Path) -> None:
@@ -343,7 +352,10 @@ def test_verl_defaults_and_parquet(place: Path) -> None:
     assert "convert_dataset.py gsm8k" in row(draft, "data.train_files").words
     assert row(draft, "data.train_files").origin == "run.sh:4"
     assert "forward KL" in row(draft, "loss.type").words
-    config = imported("run.sh")
+    assert draft.value("env") == "reasoning"
+    assert main(["run.sh", "--out", "new.toml"]) == EXIT_OK  # no option is needed
+    assert '# train = "train.jsonl"    # REQUIRED' in Path("new.toml").read_text()
+    config = load_config(["new.toml"]).config
     assert config.teacher.model == "Qwen/Qwen2.5-7B-Instruct"
     assert any("temperature" in note for note in config.notes())
 
