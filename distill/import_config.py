@@ -156,7 +156,8 @@ def _recognised(entries: list[Entry], name: str) -> list[Entry]:
         if tops & {"student", "rollout", "loss"}:
             raise ConfigError([f"{name} is a configuration of this project already: python -m distill.run --config"])
         return entries
-    raise ConfigError([f"{name} has no key of prime-rl's (trainer, orchestrator, inference, teacher_gpu_ids ...)"])
+    apart = "the keys of a file for one part alone have to stand under [trainer] or [orchestrator]"
+    raise ConfigError([f"{name} has no key of prime-rl's (trainer, orchestrator, teacher_gpu_ids ...); {apart}"])
 
 
 def _yaml_system(entries: Sequence[Entry], name: str) -> str:

@@ -211,6 +211,12 @@ def texts(value: Any) -> list[str]:
     return [text(item) for item in (value if isinstance(value, list) else [value])]
 
 
+def numbers(value: Any) -> list[int | float]:
+    if not isinstance(value, list):
+        raise ValueError(f"wanted a list of numbers, found {shown(value)}")
+    return [number(item) for item in value]
+
+
 def integers(value: Any) -> list[int]:
     """A list of whole numbers, which may be written as text: `0,1`."""
     items = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]

@@ -6,9 +6,11 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -526,6 +528,17 @@ def test_every_key_that_a_rule_names_is_ours(place: Path) -> None:
                 written |= set(draft.settings)
     assert len(written) > 50
     assert written <= names
+
+
+def test_the_tables_of_the_documentation_name_keys_that_there_are() -> None:
+    rules = [*prime_rl.RULES, *rnow.RULES, *verl_keys.RULES]
+    rows = re.findall(
+        r"^\| `([\w.]+)` \| (?:`([\w.]+)` )?\| ", (ROOT / "docs" / "migration.md").read_text(), re.MULTILINE
+    )
+    assert len(rows) > 60
+    for theirs, ours in rows:
+        assert any(fnmatchcase(theirs, rule) for rule in rules), theirs
+        assert not ours or ours in all_keys(), ours
 
 
 NUMBERS = st.integers() | st.floats(allow_nan=False, allow_infinity=False)
