@@ -13,7 +13,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -231,6 +231,7 @@ async def run_episodes(
     make_env: Callable[[], ToolEnv],
     make_actor: Callable[[], Actor],
     max_concurrent: int,
+    slots: asyncio.Semaphore | None = None,
     on_episode: Callable[[Episode], None] = lambda _: None,
     away_s: Callable[[], float] = never_away,
 ) -> list[Episode]:
@@ -239,6 +240,7 @@ async def run_episodes(
     An environment plays one episode after another; one in which an episode failed or timed out is not used again.
 
     Args:
+        slots: one more bound, shared with other calls that run meanwhile: an episode begins when it gets a slot.
         on_episode: called as soon as an episode ends, in the order of the endings.
         away_s: see `run_episode`.
 
@@ -261,8 +263,9 @@ async def run_episodes(
         env: ToolEnv | None = None
         try:
             for index, job in queue:
-                env = make_env() if env is None else env
-                done[index] = episode = await run_episode(job, env, make_actor(), away_s=away_s)
+                async with slots or nullcontext():
+                    env = make_env() if env is None else env
+                    done[index] = episode = await run_episode(job, env, make_actor(), away_s=away_s)
                 if episode.stop_reason in (StopReason.ERROR, StopReason.TIMEOUT):
                     broken, env = env, None
                     await _close(broken)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import random
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import transformers
 
@@ -18,9 +21,12 @@ from agent_loop.transport import TransportError
 from distill import models
 from distill.config import RunConfig
 from distill.console import Console
+from distill.cost import Activity, gpus_of
 from distill.endpoints import Endpoint, Place, publisher_for
 from distill.publish import Publisher
+from distill.resume import TaskSet, as_records, task_sets
 from distill.serving.fleet import Fleet
+from distill.serving.vllm import Machine
 from distill.student import Student
 from distill.teacher import HttpTeacher
 from envs.dataset import read_tasks
@@ -57,12 +63,26 @@ class Parts:
     """A fixed token sequence that server and trainer must agree on after each publication."""
     max_context: int | None
     """Tokens that the student's server takes; None where only the server knows."""
+    slots: asyncio.Semaphore
+    """`rollout.max_concurrent`, over the episodes of all steps and evaluations that are in play at once."""
+    activity: Activity = field(default_factory=Activity)
+    """Seconds in which rollouts and teacher were at work."""
+    task_sets: Sequence[TaskSet] = ()
+    """What `train_tasks` and `eval_tasks` were when they were read."""
+    lost: list[asyncio.Future[None]] = field(default_factory=list)
+    """Futures that get an exception when work must not be waited for any longer, beside those of the fleets."""
 
     @property
     def fleets(self) -> list[Fleet]:
         """The servers that may go away."""
         endpoints = (self.student_endpoint, self.teacher_endpoint)
         return list({id(e.fleet): e.fleet for e in endpoints if e.fleet is not None}.values())
+
+    def gpus(self) -> dict[str, int | None]:
+        """GPUs by role, for the estimate of what a step costs."""
+        ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        on_gpu = self.student.device.type == "cuda"
+        return gpus_of(self.config, machine_has_gpu=Machine.this().has_gpu, trainer_gpus=ranks if on_gpu else 0)
 
     def make_env(self, *, verify: bool, step: int | None = None) -> ToolEnv:
         """A fresh environment; a grader is built only with `verify`. `step`: of training, for the curriculum."""
@@ -91,14 +111,21 @@ class Parts:
         self.policy.policy_version = version
         return difference
 
+    async def forget(self) -> None:
+        """Drop what an embedded student engine has cached, so that the next step does not depend on what was asked
+        before it: a resumed run has other requests behind it than one that was never interrupted."""
+        if self.student_endpoint.engine is not None:
+            await self.student_endpoint.engine.forget()
+
     async def while_served(self, work: Coroutine[Any, Any, T]) -> T:
         """Await `work` as long as its servers can be had.
 
         Raises:
             ServerLost: one stayed away for longer than `max_outage_s`; `work` is cancelled.
+            Interrupted: the user wants the run to stop, and has waited long enough; `work` is cancelled.
         """
         task = asyncio.ensure_future(work)
-        lost: list[asyncio.Future[None]] = [fleet.lost for fleet in self.fleets]
+        lost: list[asyncio.Future[None]] = [*self.lost, *(fleet.lost for fleet in self.fleets)]
         try:
             waiting: list[asyncio.Future[Any]] = [task, *lost]
             await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
@@ -154,6 +181,8 @@ def build(config: RunConfig, console: Console, folder: Path) -> Parts:
         BuildError, ConfigError, TaskError: what is wrong, before anything is trained.
     """
     torch.manual_seed(config.seed)
+    np.random.seed(config.seed % 2**32)
+    random.seed(config.seed)
     transformers.utils.logging.disable_progress_bar()
     train_tasks, eval_tasks = load_tasks(config)
     student_path = models.resolve(config.student.model, progress=console.say)
@@ -205,8 +234,10 @@ def build(config: RunConfig, console: Console, folder: Path) -> Parts:
         eval_tasks=eval_tasks,
         tool_specs=env.tool_specs,
         canary=canary,
+        task_sets=task_sets(config, train_tasks, eval_tasks),
         max_context=config.student.max_context
         or (student_endpoint.engine.limits.max_model_len if student_endpoint.engine else None),
+        slots=asyncio.Semaphore(config.rollout.max_concurrent),
     )
 
 
@@ -228,6 +259,10 @@ def metadata_of(parts: Parts) -> dict[str, Any]:
         "teacher": str(parts.config.teacher.model or parts.config.student.model),
         "tokenizer": parts.renderer.fingerprint,
         "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": parts.student.device.type,
+        "ranks": int(os.environ.get("WORLD_SIZE", "1")),
+        "task_sets": as_records(parts.task_sets),
         "num_train_tasks": len(parts.train_tasks),
         "num_eval_tasks": len(parts.eval_tasks),
     }

@@ -4,7 +4,8 @@
         model/                  opens with `from_pretrained` (weights, configuration, tokenizer; LoRA merged)
         adapter.safetensors     with LoRA: the adapters unmerged
         optimizer.safetensors   moments, and float32 masters of narrower weights
-        state.json              step, cursor into the tasks, states of the random number generators
+        state.json              step, cursor into the tasks, steps that are played and not trained on, states of the
+                                random number generators of each rank
         MANIFEST.json           size and SHA-256 of every other file; written last
 
 A checkpoint is built under another name, synced to the disk and renamed. Nothing is pickled.
@@ -18,7 +19,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,19 +46,37 @@ class Checkpoint:
 
     path: Path
     step: int
-    """Optimiser steps made."""
+    """Optimiser steps made; the step of metrics and trackers goes on from it."""
     cursor: int
-    """Tasks taken so far."""
-    rng: dict[str, Any]
-    """JSON of `rng_state`."""
+    """Tasks taken by these steps."""
+    pending: tuple[int, ...] = ()
+    """Later steps whose episodes are all played and scored, in their episode files, and not yet trained on."""
+    rng: list[dict[str, Any]]
+    """`rng_state` of each rank that saved it."""
 
-    def restore_rng(self) -> None:
-        """Put back the states of torch's, numpy's and Python's global generators."""
-        set_rng_state(self.rng)
+    def restore_rng(self, rank: int = 0) -> None:
+        """Put back the states of torch's, numpy's and Python's global generators; a rank that was not there when this
+        was saved keeps its own."""
+        if rank < len(self.rng):
+            set_rng_state(self.rng[rank])
 
 
-def save_checkpoint(folder: Path, step: int, student: Student, *, cursor: int, keep_last: int) -> Path:
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    student: Student,
+    *,
+    cursor: int,
+    keep_last: int,
+    keep_every: int = 0,
+    pending: Sequence[int] = (),
+    rng: Sequence[dict[str, Any]] | None = None,
+) -> Path:
     """Write `folder/step_<step>`, then delete all but the last `keep_last` checkpoints up to it.
+
+    Args:
+        keep_every: those whose step is a multiple of it are never deleted; 0: none is kept for that.
+        rng: `rng_state` of each rank; None: of this process, the only one.
 
     Raises:
         CheckpointError: the disk refused; older checkpoints are as they were.
@@ -70,7 +89,8 @@ def save_checkpoint(folder: Path, step: int, student: Student, *, cursor: int, k
             shutil.rmtree(leftover)
         building.mkdir()
         student.save(building)
-        state = {"step": step, "cursor": cursor, "rng": rng_state()}
+        states = [rng_state()] if rng is None else list(rng)
+        state = {"step": step, "cursor": cursor, "pending": list(pending), "rng": states}
         (building / "state.json").write_text(json.dumps(state), encoding="utf-8")
         files = {path.relative_to(building).as_posix(): _digest(path) for path in _files(building)}
         for path in _files(building):
@@ -86,9 +106,41 @@ def save_checkpoint(folder: Path, step: int, student: Student, *, cursor: int, k
         _sync(folder)
     except (OSError, SafetensorError) as error:  # the latter is what a full disk is called by safetensors
         shutil.rmtree(building, ignore_errors=True)
-        raise CheckpointError(f"{final}: cannot be written: {error}") from error
-    _prune(folder, step, keep_last)
+        room = _room(folder, student)
+        raise CheckpointError(
+            f"{final}: cannot be written: {error}{room}. Older checkpoints are as they were."
+        ) from error
+    _prune(folder, step, keep_last, keep_every)
     return final
+
+
+def _room(folder: Path, student: Student) -> str:
+    """What a checkpoint needs and what there is."""
+    tensors = (*student.model.parameters(), *student.optimizer.state().values())
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError:
+        return ""
+    return f" (a checkpoint needs about {needed / 2**20:,.1f} MiB, {free / 2**20:,.1f} MiB are free there)"
+
+
+def set_aside_after(folder: Path, step: int) -> list[Path]:
+    """Rename the checkpoints of steps after `step`, so that none of them is taken for a future of it.
+
+    Returns:
+        Their new places, `rewound_<step>` in the same folder.
+    """
+    moved = []
+    for later, path in sorted(_checkpoints(folder)):
+        if later > step:
+            aside = folder / f"rewound_{later:06d}"
+            if aside.exists():
+                shutil.rmtree(aside)
+            moved.append(path.rename(aside))
+    if moved:
+        _sync(folder)
+    return moved
 
 
 def find_latest(folder: Path, report: Callable[[str], None] = print) -> Checkpoint | None:
@@ -143,9 +195,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
             raise CheckpointError(f"{file}: is not of this checkpoint (the manifest does not list it)")
     state = _read_json(path / "state.json")
     try:
-        return Checkpoint(path=path, step=state["step"], cursor=state["cursor"], rng=state["rng"])
+        pending = tuple(state.get("pending", ()))  # absent in checkpoints of before these were recorded
+        found = Checkpoint(path=path, step=state["step"], cursor=state["cursor"], pending=pending, rng=state["rng"])
     except KeyError as error:
         raise CheckpointError(f"{path / 'state.json'}: has no {error}; was it written by another version?") from None
+    if not isinstance(found.rng, list):
+        raise CheckpointError(f"{path / 'state.json'}: 'rng' is no list of ranks; was it written by another version?")
+    return found
 
 
 def rng_state() -> dict[str, Any]:
@@ -184,11 +240,11 @@ def _checkpoints(folder: Path) -> Iterator[tuple[int, Path]]:
                 yield int(match[1]), path
 
 
-def _prune(folder: Path, step: int, keep_last: int) -> None:
+def _prune(folder: Path, step: int, keep_last: int, keep_every: int) -> None:
     """Damaged ones (no manifest) do not count as kept. A folder that will not go away does not stop the run."""
     older = sorted((s, p) for s, p in _checkpoints(folder) if s <= step)
     whole = [p for _, p in older if (p / MANIFEST).exists()]
-    kept = set(whole[-keep_last:])
+    kept = set(whole[-keep_last:]) | {p for s, p in older if keep_every and s % keep_every == 0 and p in whole}
     for path in (*(p for _, p in older if p not in kept), *folder.glob(".replaced_*")):
         shutil.rmtree(path, ignore_errors=True)
 

@@ -214,6 +214,9 @@ class RolloutConfig(Section):
     """Episodes of each task: a step has batch_size x group_size of them."""
     max_concurrent: Count = 64
     """Episodes in play at once."""
+    max_staleness: Annotated[int, Field(ge=0, le=64)] = 0
+    """Updates that the weights which sampled a token may be behind those that are trained on it. 0: rollouts and
+    training take turns. 1 or more: the next episodes are played while a step trains; `loss.rho` corrects."""
     temperature: Annotated[float, Field(gt=0, le=10)] = 1.0
     """Sampling temperature. Other than 1, the student is trained off its own policy (corrected by `loss.rho`)."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -320,6 +323,17 @@ class CheckpointConfig(Section):
     """Steps between checkpoints. One is always written after the last step."""
     keep_last: Count = 2
     """Checkpoints kept; older ones are deleted once a newer one is complete."""
+    keep_every: CountOrZero = 0
+    """Checkpoints of every n-th step are never deleted. 0: only the last ones are kept."""
+
+
+class CostConfig(Section):
+    """What the run cannot see for itself when it estimates GPU-seconds (docs/metrics.md, "Cost")."""
+
+    student_gpus: CountOrZero | None = None
+    """GPUs behind `student.base_url`. none: not known, and not in the estimate."""
+    teacher_gpus: CountOrZero | None = None
+    """GPUs behind `teacher.base_url`. none: not known, and not in the estimate."""
 
 
 class EvalConfig(Section):
@@ -382,6 +396,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
     check: CheckConfig = Field(default_factory=CheckConfig)
+    cost: CostConfig = Field(default_factory=CostConfig)
 
     @property
     def teacher_model(self) -> str:

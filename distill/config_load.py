@@ -21,6 +21,7 @@ from distill.config_keys import Key, all_keys, help_text, owner_of, suggestion
 from distill.config_rules import InconsistentConfig, looks_secret
 
 __all__ = [
+    "Change",
     "ConfigError",
     "LoadedConfig",
     "add_config_arguments",
@@ -32,27 +33,19 @@ __all__ = [
 ]
 
 DEFAULT = "default"
-CHANGEABLE_ON_RESUME = (
-    "steps",
-    "output_dir",
-    "eval",
-    "checkpoint",
-    "check",
-    "rollout.max_concurrent",
-    "student.base_url",
-    "student.server",
-    "student.weight_sync",
-    "student.weights_dir",
-    "student.api_key_env",
-    "teacher.base_url",
-    "teacher.server",
-    "max_outage_s",
-    "teacher.api_key_env",
-    "teacher.timeout_s",
-    "teacher.max_tokens_in_flight",
-    "teacher.max_dropped_fraction",
-)
-"""Keys that a resumed run may change: they leave what is learnt from an episode as it was."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A key whose value is not that of the run's earlier attempt."""
+
+    key: str
+    old: Any
+    new: Any
+    """None also where a table was switched off or on."""
+
+    def __str__(self) -> str:
+        return f"{self.key}: {json.dumps(self.old)} -> {json.dumps(self.new)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +53,8 @@ class LoadedConfig:
     config: RunConfig
     provenance: dict[str, str]
     """By dotted key: `configs/a.toml:14`, `--loss.teacher_tau` or `default`."""
+    changes: tuple[Change, ...] = ()
+    """Of a resumed run: what is not as it was."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +84,11 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 def load_from_arguments(arguments: argparse.Namespace, rest: Sequence[str], say: Callable[[str], None]) -> LoadedConfig:
     """Load what the command line asks for.
 
-    With `--resume RUN`, the run's own `config.json` is the first layer. With neither that nor `--config`, a shipped
-    file of the environment is (`default_file`), where there is one, and `say` is told so.
+    With `--resume RUN`, the run's own `config.json` is the first layer (`distill.resume`). With neither that nor
+    `--config`, a shipped file of the environment is (`default_file`), where there is one, and `say` is told so.
 
     Args:
-        arguments: has `config`, and maybe `resume`.
+        arguments: has `config`, and maybe `resume` and `allow_change`.
         rest: flags that the parser did not know.
         say: gets notes for the user, a line each.
 
@@ -103,7 +98,9 @@ def load_from_arguments(arguments: argparse.Namespace, rest: Sequence[str], say:
     paths: list[str | Path] = list(arguments.config)
     resume = getattr(arguments, "resume", None)
     if resume is not None:
-        return _load_resumed(Path(resume) / "config.json", paths, rest, say)
+        from distill.resume import load_resumed
+
+        return load_resumed(Path(resume), paths, rest, allowed=getattr(arguments, "allow_change", ()), say=say)
     if not paths and (default := default_file(rest)) is not None:
         say(f"no --config given: using {shown(default)}. Others: {', '.join(shipped())} (--config NAME)")
         paths.append(default)
@@ -112,25 +109,6 @@ def load_from_arguments(arguments: argparse.Namespace, rest: Sequence[str], say:
     loaded = load_config(paths, rest)
     for note in loaded.config.notes():
         say(f"note: {note}")
-    return loaded
-
-
-def _load_resumed(
-    base: Path, paths: Sequence[str | Path], rest: Sequence[str], say: Callable[[str], None]
-) -> LoadedConfig:
-    earlier = load_config([base]).config
-    loaded = load_config([base, *paths], rest)
-    changed = {p: v for p, v in leaves(loaded.config) if dict(leaves(earlier)).get(p) != v}
-    refused = [p for p in changed if not any(p == k or p.startswith(f"{k}.") for k in CHANGEABLE_ON_RESUME)]
-    if refused:
-        raise ConfigError(
-            [
-                f"{loaded.provenance.get(p, base)}: {p} cannot change when a run is resumed; start a new run"
-                for p in refused
-            ]
-        )
-    for name, value in changed.items():
-        say(f"changed for the rest of the run: {name} = {value}")
     return loaded
 
 

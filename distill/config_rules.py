@@ -104,6 +104,21 @@ def problems_of(config: RunConfig) -> Iterator[Problem]:
             ("optim.warmup_steps", "steps"),
             f"is {config.optim.warmup_steps}, more than the run has steps ({config.steps})",
         )
+    for name, base_url, gpus in (
+        ("student", student.base_url, config.cost.student_gpus),
+        ("teacher", teacher.base_url, config.cost.teacher_gpus),
+    ):
+        if gpus is not None and base_url is None:
+            yield Problem(
+                (f"cost.{name}_gpus", f"{name}.base_url"),
+                f"counts the GPUs of given servers, but there is no {name}.base_url; those of the run count themselves",
+            )
+    if config.checkpoint.keep_every % config.checkpoint.every:
+        yield Problem(
+            ("checkpoint.keep_every", "checkpoint.every"),
+            f"is {config.checkpoint.keep_every}, no multiple of checkpoint.every ({config.checkpoint.every}): most of "
+            "those steps are never saved",
+        )
     for name, base_url, key in (
         ("student", student.base_url, student.api_key_env),
         ("teacher", teacher.base_url, teacher.api_key_env),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Mapping
@@ -47,6 +48,8 @@ class Console:
             for stage in ("rollout", "train", "publish")
             if f"time/{stage}" in metrics
         )
+        behind, waited = metrics.get("staleness/mean"), show("idle/trainer", "{:.2f}")
+        stale = f", {behind:.1f} updates old, waited {waited}" if behind else ""
         self.say(
             f"step {step:>{len(str(steps))}}/{steps}"
             f"  teacher_kl {show('teacher_kl')}"
@@ -55,7 +58,7 @@ class Console:
             f"  cut {show('rollout/truncated', '{:.0%}')}"
             f"  tool errors {show('tool/error_rate', '{:.0%}')}"
             f"  trained {show('train/tokens', '{:,}')} tok"
-            f"  {show('time/step', '{:.2f}')} s ({seconds})"
+            f"  {show('time/step', '{:.2f}')} s ({seconds}{stale})"
         )
 
 
@@ -99,4 +102,5 @@ class Phase:
 
 def fail(message: str) -> None:
     """An error for a person, on stderr, without colour or markup."""
-    print(f"error: {message}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # a log on a full disk: the exit code still says what happened
+        print(f"error: {message}", file=sys.stderr)

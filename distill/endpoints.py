@@ -129,6 +129,7 @@ class Place:
                 max_logprobs=top_k + 1,  # given candidates, and the sampled token in the same row
                 lora_rank=lora.rank if is_student and lora is not None else None,
                 lora_modules=self.lora_modules if is_student else (),
+                num_adapters=2 + self.config.rollout.max_staleness,  # the kept ones, and the next while it is loaded
                 trainable=is_student and lora is None,
                 nccl=is_student and student.weight_sync == "nccl",
             ),
@@ -157,7 +158,8 @@ def publisher_for(config: RunConfig, endpoint: Endpoint, folder: Path, canary: S
 
         return NcclPublisher(endpoint.fleet, endpoint.model, check)
     weights = Path(config.student.weights_dir or folder / "weights").resolve()
-    return DiskPublisher(endpoint.fleet, weights, endpoint.model, check, lora=config.student.lora is not None)
+    lora, num_older = config.student.lora is not None, config.rollout.max_staleness
+    return DiskPublisher(endpoint.fleet, weights, endpoint.model, check, lora=lora, num_older=num_older)
 
 
 def api_key(variable: str | None) -> str | None:

@@ -14,6 +14,7 @@ EXIT_SERVER = 5
 EXIT_NUMERIC = 6
 EXIT_STORAGE = 7
 EXIT_OUTAGE = 8
+EXIT_MEMORY = 9
 EXIT_INTERRUPT = 130
 
 
@@ -34,11 +35,12 @@ def exit_code_of(error: BaseException) -> int | None:
     from distill.endpoints import EndpointError
     from distill.export import ExportError
     from distill.publish import PublishError
+    from distill.resume import DataChanged
     from distill.rundir import RunDirError
     from distill.serving.fleet import ServerLost
     from distill.serving.vllm import LaunchError
     from distill.step import TooManyDropped
-    from distill.student import NumericError
+    from distill.student import NumericError, OutOfMemory
     from distill.types import TeacherError
     from envs.dataset import TaskError
     from envs.registry import RegistryError
@@ -47,7 +49,8 @@ def exit_code_of(error: BaseException) -> int | None:
     codes: list[tuple[tuple[type[BaseException], ...], int]] = [
         ((ConfigError, BuildError, EndpointError, ExportError, RegistryError, RendererError), EXIT_USAGE),
         ((CheckFailed,), EXIT_CHECK),
-        ((TaskError, PageStoreError), EXIT_DATA),
+        ((TaskError, PageStoreError, DataChanged), EXIT_DATA),
+        ((OutOfMemory,), EXIT_MEMORY),
         ((ServerLost,), EXIT_OUTAGE),
         ((LaunchError, TooManyDropped, TransportError, ScoringError, PolicyError, TeacherError), EXIT_SERVER),
         ((NumericError, PublishError), EXIT_NUMERIC),

@@ -122,16 +122,21 @@ class DiskPublisher:
         folder: readable by the servers under the same path.
         base_model: the name under which the servers know the model that they were started with.
         lora: publish the adapter, under a new name each version, instead of the whole weights.
+        num_older: adapters before the present one that stay loaded: turns that are being sampled end on theirs.
     """
 
-    def __init__(self, fleet: Fleet, folder: Path, base_model: str, canary: Canary, *, lora: bool) -> None:
+    def __init__(
+        self, fleet: Fleet, folder: Path, base_model: str, canary: Canary, *, lora: bool, num_older: int = 0
+    ) -> None:
         self.model = base_model
         self._fleet = fleet
         self._folder = folder
         self._canary = canary
         self._lora = lora
+        self._num_kept = 1 + (num_older if lora else 0)
         self._version = 0
-        self._path: Path | None = None
+        self._published: list[tuple[str, Path]] = []
+        """Name and folder of what servers may be asked for, the present version last."""
         self._adapters = f"student-{uuid.uuid4().hex[:8]}-"  # a given server may still have those of an earlier run
         self._lock = asyncio.Lock()
         fleet.on_return = self.push_to
@@ -139,16 +144,17 @@ class DiskPublisher:
     async def publish(self, student: Student, version: int) -> float:
         async with self._lock:
             await self._canary.measure(student)
-            old, path = self._path, self._folder / f"v{version:06}-{uuid.uuid4().hex[:8]}"
+            path = self._folder / f"v{version:06}-{uuid.uuid4().hex[:8]}"
             await asyncio.to_thread(self._write, student, path)
-            self._path, self._version = path, version
+            self._version = version
             if self._lora:
                 self.model = f"{self._adapters}v{version:06}"
+            published = [*self._published, (self.model, path)]
+            old, self._published = published[: -self._num_kept], published[-self._num_kept :]
         try:
             differences = await self._fleet.each(self._push_or_leave)
         finally:
-            if old is not None:
-                await asyncio.to_thread(shutil.rmtree, old, ignore_errors=True)
+            await self._remove(old)
         found = [difference for difference in differences if difference is not None]
         # None: the server died meanwhile, and gets the version when it is back.
         return max(found) if found else max(await self._fleet.each(self._verify))
@@ -156,7 +162,7 @@ class DiskPublisher:
     async def push_to(self, replica: Replica) -> None:
         """Give a server that came back the present version, and verify it."""
         async with self._lock:
-            if self._path is not None:
+            if self._published:
                 await self._push(replica)
 
     async def aclose(self) -> None:
@@ -164,9 +170,12 @@ class DiskPublisher:
             for replica in self._fleet.replicas:
                 if replica.up and replica.launch is None:  # ours end with the run
                     with contextlib.suppress(PublishError, TransportError):
-                        await self._unload(replica, keep=None)
-        if self._path is not None:
-            await asyncio.to_thread(shutil.rmtree, self._path, ignore_errors=True)
+                        await self._unload(replica, keep=[])
+        await self._remove(self._published)
+
+    async def _remove(self, published: Sequence[tuple[str, Path]]) -> None:
+        for _, path in published:
+            await asyncio.to_thread(shutil.rmtree, path, ignore_errors=True)
 
     async def _push_or_leave(self, replica: Replica) -> float | None:
         try:
@@ -185,23 +194,25 @@ class DiskPublisher:
         if self._lora:
             await self._load_adapter(replica)
         else:
-            await reload_weights(control, str(self._path), self._version)
+            await reload_weights(control, str(self._published[-1][1]), self._version)
         return await self._canary.verify(replica.transport, self.model)
 
     async def _load_adapter(self, replica: Replica) -> None:
         """New name, new path; never `load_inplace`, which vLLM keeps and reads from disk at every step.
 
         Asks what is there: a server that was only out of reach still has its adapters, and refuses a second one of
-        the same name.
+        the same name; one that was started anew has none, and may be asked for an older one again.
         """
-        if self.model not in await served_names(replica.transport):
-            adapter = {"lora_name": self.model, "lora_path": str(self._path)}
-            await Control(replica.transport).post("/v1/load_lora_adapter", adapter)
-        await self._unload(replica, keep=self.model)
+        served = await served_names(replica.transport)
+        for name, path in self._published:
+            if name not in served:
+                adapter = {"lora_name": name, "lora_path": str(path)}
+                await Control(replica.transport).post("/v1/load_lora_adapter", adapter)
+        await self._unload(replica, keep=[name for name, _ in self._published])
 
-    async def _unload(self, replica: Replica, *, keep: str | None) -> None:
+    async def _unload(self, replica: Replica, *, keep: Sequence[str]) -> None:
         for name in await served_names(replica.transport):
-            if name.startswith(self._adapters) and name != keep:
+            if name.startswith(self._adapters) and name not in keep:
                 await Control(replica.transport).post("/v1/unload_lora_adapter", {"lora_name": name})
 
     def _write(self, student: Student, path: Path) -> None:

@@ -7,89 +7,132 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import signal
 import sys
+import threading
 import time
+from collections.abc import Collection, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 from distill.config_load import ConfigError, LoadedConfig, add_config_arguments, load_from_arguments
 from distill.console import Console, fail
-from distill.failures import EXIT_USAGE, Interrupted, guarded
+from distill.failures import EXIT_INTERRUPT, EXIT_USAGE, Interrupted, guarded
 
 if TYPE_CHECKING:
     from distill.build import Parts
     from distill.checkpoint import Checkpoint
+    from distill.config import RunConfig
     from distill.rundir import RunDir
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOP_GRACE_S = 15.0
+"""Seconds that the episodes of the step in hand still get when the run is asked to stop. With what publishing and
+saving take, it has ended within 30 s, which is what schedulers give a process."""
+UNWIND_S = 1.5
+"""Seconds for closing everything after the second signal."""
 
 
 async def train(parts: Parts, run: RunDir, console: Console, checkpoint: Checkpoint | None) -> None:
     """The run: check, evaluate, then `steps` times tasks -> episodes -> scores -> update -> publish -> record."""
+    from distill.cost import StepClock
+    from distill.pipeline import Pipeline
     from distill.serving.fleet import ServerLost
-    from distill.step import collect
+    from distill.student import OutOfMemory
     from distill.tasks import TaskSource
 
     config = parts.config
-    stop = StopFlag()
-    first = checkpoint.step if checkpoint else 0
-    source = TaskSource(parts.train_tasks, seed=config.seed, cursor=checkpoint.cursor if checkpoint else 0)
-    saver = Saver(run, parts, step=first, cursor=source.cursor)
+    first, cursor, pending = (checkpoint.step, checkpoint.cursor, checkpoint.pending) if checkpoint else (0, 0, ())
+    saver = Saver(run, parts, console, step=first, cursor=cursor)
     await parts.start(console)
     await preflight(parts, console, version=first)
+    stop = StopFlag(parts)
+    source = TaskSource(parts.train_tasks, seed=config.seed, cursor=cursor)
+    pipeline = Pipeline(parts, run, source, version=first, pending=pending, say=console.say)
+    clock = StepClock(parts.activity, parts.gpus())
+    episodes = config.rollout.batch_size * config.rollout.group_size
     try:
         if first == 0 and config.eval.at_start:
             await evaluate_and_record(parts, run, console, step=0)
         for step in range(first + 1, config.steps + 1):
-            began = time.monotonic()
-            tasks = source.take(config.rollout.batch_size)
-            episodes = len(tasks) * config.rollout.group_size
+            clock.start()
             with console.phase(f"step {step}: episodes", episodes, announce=False) as phase:
-                scored = await parts.while_served(collect(parts, run, tasks, step, on_episode=phase.advance))
-            train_began = time.monotonic()
+                scored = await parts.while_served(pipeline.next(step, phase.advance))
+            clock.lap("idle/trainer")
             metrics = scored.metrics | await asyncio.to_thread(parts.student.train_step, scored.trainable, step=step)
-            saver.trained(step, source.cursor)
-            publish_began = time.monotonic()
-            metrics |= {"epoch": source.epoch, "time/train": publish_began - train_began}
+            clock.lap("time/train")
+            saver.trained(step, scored.cursor)
             try:
                 metrics["publish/canary"] = await parts.while_served(parts.publish(step))
+                pipeline.published(step)
             finally:  # the step is made, whatever becomes of its publication
-                now = time.monotonic()
-                metrics |= {"time/publish": now - publish_began, "time/step": now - began, **outages(parts)}
+                clock.lap("time/publish")
+                metrics |= clock.metrics(metrics) | outages(parts)
                 run.append_metrics({"step": step, **metrics})
                 console.step(step, config.steps, metrics)
             last = step == config.steps or stop.asked
             if config.eval.every and step % config.eval.every == 0 and not last:
                 await evaluate_and_record(parts, run, console, step=step)
             if last or step % config.checkpoint.every == 0:
-                saver.save()
+                saver.save(pipeline.pending)
             if stop.asked and step < config.steps:
                 raise Interrupted(f"stopped after step {step}; continue with --resume {run.path}")
         if config.eval.at_end:
             await evaluate_and_record(parts, run, console, step=config.steps)
-    except ServerLost:
-        saver.save()
+    except (ServerLost, OutOfMemory, Interrupted):
+        saver.save(pipeline.pending)
         raise
+    finally:
+        await pipeline.aclose()
 
 
 class Saver:
     """Saves the last step that was made, once."""
 
-    def __init__(self, run: RunDir, parts: Parts, *, step: int, cursor: int) -> None:
-        self._run, self._parts = run, parts
+    def __init__(self, run: RunDir, parts: Parts, console: Console, *, step: int, cursor: int) -> None:
+        self._run, self._parts, self._console = run, parts, console
         self._step, self._cursor, self._saved = step, cursor, step
+        self._warned: set[str] = set()
 
     def trained(self, step: int, cursor: int) -> None:
         """The student's weights are those after `step`, and the tasks before `cursor` are used."""
         self._step, self._cursor = step, cursor
 
-    def save(self) -> None:
+    def save(self, pending: Sequence[int]) -> None:
+        """
+        Args:
+            pending: later steps whose episodes are finished (`Pipeline.pending`).
+        """
         from distill.checkpoint import save_checkpoint
 
         if self._step > self._saved:
-            keep_last = self._parts.config.checkpoint.keep_last
-            folder = self._run.path / "checkpoints"
-            save_checkpoint(folder, self._step, self._parts.student, cursor=self._cursor, keep_last=keep_last)
+            keep = self._parts.config.checkpoint
+            self._run.check()
+            save_checkpoint(
+                self._run.path / "checkpoints",
+                self._step,
+                self._parts.student,
+                cursor=self._cursor,
+                keep_last=keep.keep_last,
+                keep_every=keep.keep_every,
+                pending=pending,
+            )
             self._saved = self._step
+            self._look_at_tasks()
+
+    def _look_at_tasks(self) -> None:
+        """The run goes on with the tasks that it read at its start; its user learns now, not at the next resume, that
+        their file is another by now."""
+        for tasks in self._parts.task_sets:
+            if tasks.key not in self._warned and tasks.file_changed():
+                self._warned.add(tasks.key)
+                self._console.say(
+                    f"warning: {tasks.source} ({tasks.key}) has changed since it was read; this run goes on with what "
+                    "it read, but --resume will refuse other tasks"
+                )
 
 
 def outages(parts: Parts) -> dict[str, float]:
@@ -103,19 +146,43 @@ def outages(parts: Parts) -> dict[str, float]:
 
 
 class StopFlag:
-    """The first SIGINT or SIGTERM lets the step in hand finish and saves; the second stops at once."""
+    """The first SIGINT or SIGTERM lets the step in hand finish and saves; if its episodes take longer than
+    `STOP_GRACE_S`, they are given up and the step before is saved. The second stops at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, parts: Parts) -> None:
         self.asked = False
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._ask)
+        self._loop = asyncio.get_running_loop()
+        self._late: asyncio.Future[None] = self._loop.create_future()
+        parts.lost.append(self._late)
+        for number in STOP_SIGNALS:
+            self._loop.add_signal_handler(number, self._ask)
 
     def _ask(self) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
         self.asked = True
-        print("stopping after this step; once more to stop now", file=sys.stderr)
+        self._loop.call_later(STOP_GRACE_S, self._give_up)
+        for number in STOP_SIGNALS:
+            self._loop.remove_signal_handler(number)
+            signal.signal(number, _stop_now)
+        print(f"stopping after this step, or in {STOP_GRACE_S:g} s; once more to stop now", file=sys.stderr)
+
+    def _give_up(self) -> None:
+        self._late.set_exception(
+            Interrupted("stopped in the middle of a step, which is dropped; continue with --resume")
+        )
+        self._late.exception()  # it is retrieved: asyncio need not complain if nothing waits
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _stop_now(number: int, frame: FrameType | None) -> None:
+    """Unwind, so that everything is closed; whatever still runs after `UNWIND_S` (a step in its thread) ends with the
+    process, and so do the servers, whose keepers see to it."""
+    last = threading.Timer(UNWIND_S, os._exit, (EXIT_INTERRUPT,))
+    last.daemon = True
+    last.start()
+    raise KeyboardInterrupt
 
 
 async def preflight(parts: Parts, console: Console, *, version: int) -> None:
@@ -138,6 +205,7 @@ async def preflight(parts: Parts, console: Console, *, version: int) -> None:
     scorer = await parts.teacher.probe()
     if parts.teacher_endpoint.fleet is not None:
         console.say(f"teacher scores by: {scorer}")
+    await parts.forget()
 
 
 async def evaluate_and_record(parts: Parts, run: RunDir, console: Console, *, step: int) -> None:
@@ -149,7 +217,10 @@ async def evaluate_and_record(parts: Parts, run: RunDir, console: Console, *, st
     endpoints = [("student", parts.student_endpoint)]
     if step == 0 and parts.config.eval.teacher:
         endpoints.insert(0, ("teacher", parts.teacher_endpoint))
+    recorded = {(line["name"], line["step"]) for line in run.evaluations()}
     for name, endpoint in endpoints:
+        if (name, step) in recorded:  # by an earlier attempt
+            continue
         total = min(len(parts.eval_tasks), parts.config.eval.num_tasks) * parts.config.eval.group_size
         with console.phase(f"evaluating the {name} on held-out tasks", total) as phase:
             played = evaluate(parts, run, endpoint, name=name, step=step, on_episode=phase.advance)
@@ -159,10 +230,12 @@ async def evaluate_and_record(parts: Parts, run: RunDir, console: Console, *, st
         console.say(
             f"{name} at step {step}: success {success:.1%} of {count}" if success is not None else f"{name}: no grader"
         )
+    await parts.forget()
 
 
-def finish(run: RunDir, console: Console) -> None:
-    """The table of before and after, the curve, and where to look next."""
+def finish(run: RunDir, console: Console, max_staleness: int) -> None:
+    """The table of before and after, what it cost, the bottleneck, the curve, and where to look next."""
+    from distill.cost import bottleneck, cost_lines
     from distill.report import Evaluation, before_after, plot
     from distill.rundir import read_jsonl
 
@@ -170,36 +243,39 @@ def finish(run: RunDir, console: Console) -> None:
     evals = run.path / "evals.jsonl"
     evaluations = [Evaluation(**line) for line in read_jsonl(evals)] if evals.exists() else []
     console.table("\n" + before_after(evaluations, lines) + "\n")
+    for text in (*cost_lines(lines), bottleneck(lines, max_staleness)):
+        if text is not None:
+            console.say(text)
     console.say(f"curve: {plot(run.path)}")
     console.say(f"read the episodes: python -m agent_loop.view {run.path}")
 
 
-async def run_training(loaded: LoadedConfig, console: Console, resume: Path | None) -> None:
-    """Build the parts, open the run directory, train, report, and leave nothing running."""
+async def run_training(
+    loaded: LoadedConfig, console: Console, resume: Path | None, allowed: Collection[str] = ()
+) -> None:
+    """Build the parts, open the run directory, train, report, and leave nothing running.
+
+    Args:
+        resume: a run directory, or one checkpoint in it.
+        allowed: keys whose values or contents may differ from those of the run that is resumed.
+    """
     from distill.build import build, metadata_of
-    from distill.checkpoint import find_latest
+    from distill.resume import point_of
     from distill.rundir import RunDir
 
     config = loaded.config
-    path = resume or Path(config.output_dir) / (
-        config.run_id or f"{config.env.strip('/').replace('/', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
-    )
+    path, wanted = point_of(resume) if resume else (Path(config.output_dir) / _run_id(config), None)
     run = RunDir.resume(path) if resume else RunDir.create(path, config.model_dump(mode="json"))
     status = "failed"
     parts = None
     try:
         console.say(f"run directory: {path}")
         parts = build(config, console, path)
-        run.note(**metadata_of(parts))
-        checkpoint = None
-        if resume:
-            checkpoint = find_latest(path / "checkpoints", report=console.say)
-            run.rewind(checkpoint.step if checkpoint else 0)
-            if checkpoint:
-                parts.student.restore(checkpoint)
-                console.say(f"resuming after step {checkpoint.step}")
+        metadata = metadata_of(parts)
+        checkpoint = continued(loaded, run, metadata, parts, console, wanted, allowed) if resume else None
+        run.note(**metadata)
         await train(parts, run, console, checkpoint)
-        finish(run, console)
+        finish(run, console, config.rollout.max_staleness)
         status = "finished"
     except (Interrupted, KeyboardInterrupt, asyncio.CancelledError):
         status = "interrupted"
@@ -212,6 +288,51 @@ async def run_training(loaded: LoadedConfig, console: Console, resume: Path | No
             console.say(f"what was saved is kept; once the cause is mended, continue with --resume {path}")
 
 
+def _run_id(config: RunConfig) -> str:
+    return config.run_id or f"{config.env.strip('/').replace('/', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def continued(
+    loaded: LoadedConfig,
+    run: RunDir,
+    metadata: dict[str, Any],
+    parts: Parts,
+    console: Console,
+    wanted: Path | None,
+    allowed: Collection[str],
+) -> Checkpoint | None:
+    """Check that this is still the run that it was, and put everything back to where it stood: the student, and the
+    run's files. Nothing is changed before all checks have passed.
+
+    Args:
+        wanted: the checkpoint to go on from; None: the newest whole one.
+
+    Returns:
+        None: there is no checkpoint yet, the run begins again.
+
+    Raises:
+        CheckpointError: `wanted`, or all there are, is damaged or of another model.
+        DataChanged: the tasks are others.
+    """
+    from distill.checkpoint import find_latest, open_checkpoint, set_aside_after
+    from distill.resume import compare
+
+    changes, note = compare(run.record(), metadata, allowed=allowed)
+    if note:
+        console.say(note)
+    checkpoint = open_checkpoint(wanted) if wanted else find_latest(run.path / "checkpoints", report=console.say)
+    if checkpoint:
+        parts.student.restore(checkpoint)
+    step = checkpoint.step if checkpoint else 0
+    run.change(loaded.config.model_dump(mode="json"), [asdict(change) for change in (*loaded.changes, *changes)])
+    if wanted:
+        for aside in set_aside_after(run.path / "checkpoints", step):
+            console.say(f"a checkpoint of a later step is now {aside}")
+    run.rewind(step, pending=checkpoint.pending if checkpoint else ())
+    console.say(f"resuming after step {step}" if checkpoint else "no checkpoint yet: starting over")
+    return checkpoint
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command. Exit codes: docs/concepts.md, "Failures"."""
     parser = argparse.ArgumentParser(
@@ -220,12 +341,27 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_config_arguments(parser)
-    parser.add_argument("--resume", metavar="RUN", type=Path, help="continue the run in this directory")
+    parser.add_argument(
+        "--resume",
+        metavar="RUN",
+        type=Path,
+        help="continue the run in this directory from its newest whole checkpoint, or from RUN/checkpoints/step_000010",
+    )
+    parser.add_argument(
+        "--allow-change",
+        metavar="KEY[,KEY]",
+        type=lambda text: text.split(","),
+        default=[],
+        help="keys that may differ from those of the resumed run; what changed is recorded in its run.json",
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="check the configuration and the tasks, print the plan, stop"
     )
     arguments, rest = parser.parse_known_args(argv)
     console = Console()
+    if arguments.allow_change and arguments.resume is None:
+        fail("--allow-change is about a run that is continued: it needs --resume RUN")
+        return EXIT_USAGE
     try:
         loaded = load_from_arguments(arguments, rest, console.say)
     except ConfigError as error:
@@ -233,7 +369,8 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_USAGE
     if arguments.dry_run:
         return dry_run(loaded, console)
-    return guarded(lambda: asyncio.run(run_training(loaded, console, arguments.resume)))
+    signal.signal(signal.SIGTERM, _interrupt)  # until `train` knows better
+    return guarded(lambda: asyncio.run(run_training(loaded, console, arguments.resume, arguments.allow_change)))
 
 
 def dry_run(loaded: LoadedConfig, console: Console) -> int:

@@ -2,7 +2,8 @@
 
 runs/<id>/
   config.json            the resolved configuration
-  run.json               id, versions, attempt, how it ended
+  run.json               id, versions, attempt, task sets, what a resume changed, how it ended
+  LOCK                   held by the process at work
   metrics.jsonl          one line a step
   evals.jsonl            one line an evaluation
   episodes/step_*.jsonl  every episode of a step, failed ones too
@@ -13,14 +14,16 @@ runs/<id>/
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import platform
 import re
 import socket
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +41,8 @@ class RunDir:
     path: Path
     attempt: int
     """1 for the first start, one more for every resume."""
+    _lock_file: int = field(default=-1, repr=False)
+    """Descriptor of `LOCK`, locked as long as it is open: the kernel lets go of it when the process dies."""
 
     @classmethod
     def create(cls, path: Path, config: Mapping[str, Any]) -> RunDir:
@@ -68,78 +73,140 @@ class RunDir:
         """
         if not (path / RESUMABLE).is_file():
             raise RunDirError(f"{path} holds no run (no {RESUMABLE}). See the folders under runs/.")
-        previous = json.loads((path / RESUMABLE).read_text())
-        run = cls(path, attempt=int(previous.get("attempt", 1)) + 1)
+        run = cls(path, attempt=1)
         run._lock()
+        run.attempt = int(run.record().get("attempt", 1)) + 1
         run.note(status="resumed")
         return run
+
+    def record(self) -> dict[str, Any]:
+        """What `run.json` says; {} if it is not there yet.
+
+        Raises:
+            RunDirError: it is no JSON object.
+        """
+        file = self.path / RESUMABLE
+        if not file.exists():
+            return {}
+        try:
+            known = json.loads(file.read_text())
+        except ValueError as error:
+            raise RunDirError(f"{file} is not JSON: {error}") from None
+        if not isinstance(known, dict):
+            raise RunDirError(f"{file} is no JSON object")
+        return known
+
+    def change(self, config: Mapping[str, Any], changes: Sequence[Mapping[str, Any]]) -> None:
+        """Go on with another configuration: `config.json` is replaced, the changes are added to `run.json`."""
+        if changes:
+            made = [{"attempt": self.attempt, **change} for change in changes]
+            self.note(changes=[*self.record().get("changes", ()), *made])
+            write_json(self.path / "config.json", config)
+
+    def check(self) -> None:
+        """
+        Raises:
+            RunDirError: the directory was deleted or replaced since it was opened. Writing on would leave half a run.
+        """
+        try:
+            here = os.path.samestat(os.fstat(self._lock_file), os.stat(self.path / "LOCK"))
+        except FileNotFoundError:
+            here = False
+        if not here:
+            raise RunDirError(
+                f"{self.path} was deleted or replaced while the run was at work; nothing is written there"
+            )
 
     def note(self, **values: Any) -> None:
         """Merge values into `run.json`."""
         file = self.path / RESUMABLE
-        known = json.loads(file.read_text()) if file.exists() else {"id": self.path.name, "created": time.time()}
+        known = self.record() or {"id": self.path.name, "created": time.time()}
         known |= {"attempt": self.attempt, "python": platform.python_version(), "updated": time.time(), **values}
         write_json(file, known)
 
     def append_metrics(self, line: Mapping[str, Any], file: str = "metrics.jsonl") -> None:
-        """Append one JSON line and make it durable."""
+        """Append one JSON line and make it durable.
+
+        Raises:
+            RunDirError: the directory is gone.
+            OSError: the disk refused. A torn line is left out by `read_jsonl` and by `rewind`.
+        """
+        self.check()
         with (self.path / file).open("a", encoding="utf-8") as out:
             out.write(json.dumps(line, allow_nan=False) + "\n")
             out.flush()
             os.fsync(out.fileno())
 
-    def rewind(self, step: int) -> None:
+    def rewind(self, step: int, pending: Collection[int] = ()) -> None:
         """Forget what an interrupted attempt wrote after the checkpoint of `step` steps: its metric lines and its
-        episodes. They are made again, the same."""
+        episodes, but those of the `pending` steps, which are still to be trained on, and those of an evaluation without
+        a line in `evals.jsonl`. They are made again, the same."""
         for file in ("metrics.jsonl", "evals.jsonl"):
             path = self.path / file
             if path.exists():
                 kept = [line for line in read_jsonl(path) if int(line["step"]) <= step]
                 write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        evaluated = {self.episodes_file(int(e["step"]), eval_kind(e["name"])).name for e in self.evaluations()}
+        kept_files = {self.episodes_file(n).name for n in pending}
         for path in (self.path / "episodes").glob("*.jsonl"):
-            found = re.fullmatch(r"(?:step|eval)_(\d+)\.jsonl", path.name)
-            if found and int(found[1]) > step:
+            found = re.fullmatch(r"(step|eval|eval_\w+?)_(\d+)\.jsonl", path.name)
+            if found is None or path.name in kept_files:
+                continue
+            if int(found[2]) > step or (found[1] != "step" and path.name not in evaluated):
                 path.unlink()
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The lines of `evals.jsonl`."""
+        path = self.path / "evals.jsonl"
+        return read_jsonl(path) if path.exists() else []
 
     def episodes_file(self, step: int, kind: str = "step") -> Path:
         return self.path / "episodes" / f"{kind}_{step:06d}.jsonl"
 
     def close(self, status: str) -> None:
-        self.note(status=status)
-        (self.path / "LOCK").unlink(missing_ok=True)
+        """Say how the run ended and let others in; nothing is written to a directory that is gone."""
+        with contextlib.suppress(RunDirError):
+            self.check()
+            self.note(status=status)
+            (self.path / "LOCK").unlink()
+        os.close(self._lock_file)
 
     def _lock(self) -> None:
+        """Take the lock: the kernel's on this machine, the file's text for processes of another machine on a shared
+        file system, where the kernel's may not be seen."""
         lock = self.path / "LOCK"
-        me = {"pid": os.getpid(), "host": socket.gethostname()}
+        while True:
+            file = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                free = True
+                if os.path.samestat(os.fstat(file), os.stat(lock)):
+                    break
+            except FileNotFoundError:
+                pass
+            except BlockingIOError:
+                free = False
+                break
+            os.close(file)  # whoever held it has just ended and removed it
         try:
-            with lock.open("x", encoding="utf-8") as out:
-                json.dump(me, out)
-            return
-        except FileExistsError:
-            pass
-        try:
-            holder = json.loads(lock.read_text())
+            holder = json.loads(os.read(file, 4096) or b"{}")
         except ValueError:
             holder = {}
-        if holder.get("host") == me["host"] and not _alive(holder.get("pid")):
-            write_text(lock, json.dumps(me))  # the process that held it was killed
-            return
-        raise RunDirError(
-            f"{self.path} is in use by process {holder.get('pid')} on {holder.get('host')}. "
-            f"If that process is gone, delete {lock}."
-        )
+        host = socket.gethostname()
+        if not free or holder.get("host", host) != host:
+            os.close(file)
+            raise RunDirError(
+                f"{self.path} is in use by process {holder.get('pid')} on {holder.get('host')}. "
+                f"If that process is gone, delete {lock}."
+            )
+        os.ftruncate(file, 0)
+        os.pwrite(file, json.dumps({"pid": os.getpid(), "host": host}).encode(), 0)
+        self._lock_file = file
 
 
-def _alive(pid: Any) -> bool:
-    if not isinstance(pid, int) or pid == os.getpid():
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+def eval_kind(name: str) -> str:
+    """Kind of the episode files of an evaluation of `name` (`student`, `teacher`)."""
+    return "eval" if name == "student" else f"eval_{name}"
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

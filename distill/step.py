@@ -7,16 +7,18 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from agent_loop.conversation import Sampling, TokenActor
-from agent_loop.episodes import EpisodeWriter
+from agent_loop.episodes import BadLine, EpisodeWriter, read_episodes
 from agent_loop.policy import VllmPolicy
 from agent_loop.rollout import EpisodeJob, run_episodes
 from agent_loop.types import Episode, EpisodeError
 from distill.build import Parts
+from distill.config import RunConfig
 from distill.endpoints import Endpoint
-from distill.metrics import Metrics, rollout_metrics
-from distill.rundir import RunDir
+from distill.metrics import Metrics, mean, rollout_metrics
+from distill.rundir import RunDir, eval_kind
 from distill.types import TeacherError
 from envs.types import StopReason, Task
 
@@ -36,6 +38,13 @@ class ScoredStep:
     metrics: Metrics
     dropped: Counter[str] = field(default_factory=Counter)
     """Episodes that played but got no score, by the kind of the teacher's error."""
+    cursor: int = 0
+    """Tasks taken since the start of the run, those of this step included."""
+
+    @property
+    def num_sampled(self) -> int:
+        """Tokens, of the episodes that did not fail."""
+        return sum(e.num_sampled for e in self.episodes if e.stop_reason is not StopReason.ERROR)
 
 
 def jobs_for(tasks: Sequence[Task], *, group_size: int, step: int, seed: int) -> list[EpisodeJob]:
@@ -51,26 +60,38 @@ def jobs_for(tasks: Sequence[Task], *, group_size: int, step: int, seed: int) ->
 
 
 async def collect(
-    parts: Parts, run: RunDir, tasks: Sequence[Task], step: int, *, on_episode: Callable[[], None] = lambda: None
+    parts: Parts,
+    run: RunDir,
+    tasks: Sequence[Task],
+    step: int,
+    *,
+    on_played: Callable[[], None] = lambda: None,
+    on_episode: Callable[[], None] = lambda: None,
 ) -> ScoredStep:
     """Play the step's episodes, score each as soon as it ends, and record all of them.
+
+    Args:
+        on_played: called as each episode ends.
+        on_episode: called as each is scored.
 
     Raises:
         TooManyDropped: nothing would be left to train on, or too little.
     """
     config = parts.config
     jobs = jobs_for(tasks, group_size=config.rollout.group_size, step=step, seed=config.seed)
-    scoring: list[asyncio.Task[None]] = []
-    writer = EpisodeWriter(run.episodes_file(step))
-    dropped: Counter[str] = Counter()
+    num_sent = 0
+
+    def sent(tokens: int) -> None:
+        nonlocal num_sent
+        num_sent += tokens
 
     async def score_and_record(episode: Episode) -> None:
         if episode.stop_reason is not StopReason.ERROR:
             began = time.monotonic()
             try:
-                scores = await parts.teacher.score(episode)
+                with parts.activity.teacher:
+                    scores = await parts.teacher.score(episode, on_sent=sent)
             except TeacherError as error:
-                dropped[error.kind] += 1
                 episode.error = EpisodeError(boundary="teacher", kind=error.kind, message=str(error)[:2000])
             else:
                 for trace, score in zip(episode.traces, scores, strict=True):
@@ -79,42 +100,79 @@ async def collect(
             episode.timing["score"] = time.monotonic() - began
         on_episode()
 
-    def ended(episode: Episode) -> None:
-        scoring.append(asyncio.ensure_future(score_and_record(episode)))
-
     began = time.monotonic()
-    tokens_before = parts.teacher.num_tokens
-    episodes = await run_episodes(
-        jobs,
-        make_env=lambda: parts.make_env(verify=not config.skip_verification, step=step),
-        make_actor=lambda: TokenActor(parts.renderer, parts.policy, sampling_of(parts)),
-        max_concurrent=config.rollout.max_concurrent,
-        on_episode=ended,
-        away_s=parts.student_endpoint.away_s,
-    )
-    played_s = time.monotonic() - began
-    await asyncio.gather(*scoring)
+    try:
+        async with asyncio.TaskGroup() as scoring:
+
+            def ended(episode: Episode) -> None:
+                scoring.create_task(score_and_record(episode))
+                on_played()
+
+            with parts.activity.rollout:
+                episodes = await run_episodes(
+                    jobs,
+                    make_env=lambda: parts.make_env(verify=not config.skip_verification, step=step),
+                    make_actor=lambda: TokenActor(parts.renderer, parts.policy, sampling_of(parts)),
+                    max_concurrent=config.rollout.max_concurrent,
+                    slots=parts.slots,
+                    on_episode=ended,
+                    away_s=parts.student_endpoint.away_s,
+                )
+            played_s = time.monotonic() - began
+    except BaseExceptionGroup as failed:
+        raise failed.exceptions[0] from None  # the first: the others are its consequence or its like
     scored_s = time.monotonic() - began - played_s
+    writer = EpisodeWriter(run.episodes_file(step))
     for episode in episodes:  # in the order of the jobs, so that the file does not depend on who was first
         writer.append(episode)
     writer.close()
 
-    played = [e for e in episodes if e.stop_reason is not StopReason.ERROR]
-    trainable = [e for e in played if e.error is None and any(t.num_trained for t in e.traces)]
-    metrics = rollout_metrics(episodes)
-    wanted = sum(t.num_trained for e in played for t in e.traces)
-    scored = sum(t.num_trained for e in trainable for t in e.traces)
-    metrics |= {
-        "teacher/coverage": scored / wanted if wanted else None,
-        "teacher/tokens": parts.teacher.num_tokens - tokens_before,
-        "train/dropped": sum(dropped.values()),
+    scored = scored_step(episodes)
+    timings = [e.timing for e in episodes if e.stop_reason is not StopReason.ERROR]
+    scored.metrics |= {
+        "teacher/tokens": num_sent,
         "time/rollout": played_s,
         "time/score": scored_s,
-        "tokens_per_s/rollout": sum(e.num_sampled for e in played) / played_s if played_s > 0 else None,
+        "time/sampling": mean([timing["sample"] for timing in timings]),
+        "time/tools": mean([timing["env"] for timing in timings]),
+        "tokens_per_s/rollout": scored.num_sampled / played_s if played_s > 0 else None,
+    }
+    refuse_if_starved(episodes, scored.trainable, scored.dropped, config.teacher.max_dropped_fraction)
+    return scored
+
+
+def read_back(path: Path, jobs: Sequence[EpisodeJob], config: RunConfig) -> ScoredStep:
+    """The scored episodes that an earlier attempt recorded, with the metrics that they tell by themselves.
+
+    Raises:
+        OSError: the file is not there.
+        ValueError: a line is no episode, or the episodes are not those of `jobs`.
+    """
+    episodes = []
+    for line in read_episodes(path):
+        if isinstance(line, BadLine):
+            raise ValueError(f"line {line.line_number} is no episode ({line.reason})")
+        episodes.append(line)
+    if [episode.id for episode in episodes] != [job.id for job in jobs]:
+        raise ValueError(f"has other episodes than the {len(jobs)} of the step")
+    scored = scored_step(episodes)
+    refuse_if_starved(episodes, scored.trainable, scored.dropped, config.teacher.max_dropped_fraction)
+    return scored
+
+
+def scored_step(episodes: Sequence[Episode]) -> ScoredStep:
+    """What can be trained on, and what the episodes tell."""
+    played = [e for e in episodes if e.stop_reason is not StopReason.ERROR]
+    trainable = [e for e in played if e.error is None and any(t.num_trained for t in e.traces)]
+    dropped = Counter(e.error.kind for e in played if e.error is not None)
+    wanted = sum(t.num_trained for e in played for t in e.traces)
+    scored = sum(t.num_trained for e in trainable for t in e.traces)
+    metrics = rollout_metrics(episodes) | {
+        "teacher/coverage": scored / wanted if wanted else None,
+        "train/dropped": dropped.total(),
         **{f"teacher/dropped/{kind}": n for kind, n in sorted(dropped.items())},
     }
-    refuse_if_starved(episodes, trainable, dropped, config.teacher.max_dropped_fraction)
-    return ScoredStep(episodes=episodes, trainable=trainable, metrics=metrics, dropped=dropped)
+    return ScoredStep(episodes=list(episodes), trainable=trainable, metrics=metrics, dropped=dropped)
 
 
 def sampling_of(parts: Parts) -> Sampling:
@@ -163,11 +221,11 @@ async def evaluate(
         make_env=lambda: parts.make_env(verify=True),
         make_actor=lambda: TokenActor(parts.renderer, policy, sampling_of(parts)),
         max_concurrent=config.rollout.max_concurrent,
+        slots=parts.slots,
         on_episode=lambda _: on_episode(),
         away_s=endpoint.away_s,
     )
-    kind = "eval" if name == "student" else f"eval_{name}"
-    writer = EpisodeWriter(run.episodes_file(step, kind=kind))
+    writer = EpisodeWriter(run.episodes_file(step, kind=eval_kind(name)))
     for episode in episodes:
         writer.append(episode)
     writer.close()

@@ -32,6 +32,11 @@ class NumericError(Exception):
     step would move nothing. The weights are as they were before it."""
 
 
+class OutOfMemory(Exception):
+    """A step did not fit the device's memory. It was dropped whole: no gradient is left, the weights are as they were
+    before it."""
+
+
 class Student:
     """A causal language model, its optimiser and, for `loss.type = "full"`, a teacher beside it.
 
@@ -139,6 +144,7 @@ class Student:
 
         Raises:
             NumericError: before the update; naming episodes.
+            OutOfMemory: before the update; saying what to set.
             ValueError: a trained token has no score; naming the episode.
         """
         began = time.monotonic()
@@ -165,6 +171,9 @@ class Student:
                 )
             if not self._has_stepped:
                 self._refuse_no_op(rows, grad_norm, step)
+        except torch.OutOfMemoryError as error:
+            self.optimizer.zero_grad()
+            raise OutOfMemory(self._what_to_set(max(item.num_inputs for item in items), step)) from error
         except BaseException:
             self.optimizer.zero_grad()
             raise
@@ -197,6 +206,23 @@ class Student:
             raise NumericError(f"step {step}: the loss is {value} in {_names(ids)}. The weights are unchanged.")
         loss.backward()
         return value
+
+    def _what_to_set(self, longest: int, step: int) -> str:
+        """After an out-of-memory error: a smaller micro-batch changes no result, so it is the user who sets it, once,
+        instead of every step finding out again. One rank that tries by itself would leave the others waiting."""
+        budget = self.config.optim.micro_batch_tokens
+        ways = []
+        if budget > longest:
+            ways.append(f"--optim.micro_batch_tokens {max(longest, budget // 2)} (it is {budget})")
+        if not self.config.student.gradient_checkpointing:
+            ways.append("--student.gradient_checkpointing true")
+        if self.config.student.lora is None:
+            ways.append("a new run with [student.lora]")
+        ways.append("a smaller rollout.max_episode_tokens in a new run")
+        return (
+            f"step {step}: out of memory on {self.device}; the longest trace has {longest} tokens. The step was "
+            f"dropped whole, the weights are unchanged. What helps: {'; '.join(ways)}."
+        )
 
     def _refuse_no_op(self, rows: StepRows, grad_norm: float, step: int) -> None:
         """A run in which the teacher's signal never reaches the weights looks healthy for hours; say so at once."""

@@ -8,7 +8,7 @@ the step and counted, and the run stops when too many are.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -111,8 +111,6 @@ class HttpTeacher:
         self._renderer = renderer
         self._system_prompt = system_prompt
         self._tool_specs = tuple(tool_specs)
-        self.num_tokens = 0
-        """Tokens sent for scoring since the start, contexts included: the teacher's cost."""
 
     async def probe(self) -> str:
         """Find out how the server is best asked, once; the first score does it where nobody has. Returns its name.
@@ -141,16 +139,19 @@ class HttpTeacher:
                 self._asking = None  # a server that comes back is asked again
             raise TeacherError(str(error), error.kind) from error
 
-    async def score(self, episode: Episode) -> Sequence[TeacherScore]:
-        """Score all traces of an episode at once; see `TeacherScorer`."""
-        return await asyncio.gather(*(self._score_trace(episode, trace) for trace in episode.traces))
+    async def score(
+        self, episode: Episode, *, on_sent: Callable[[int], None] = lambda _: None
+    ) -> Sequence[TeacherScore]:
+        """Score all traces of an episode at once; see `TeacherScorer`. What is sent is the teacher's cost: contexts
+        included."""
+        return await asyncio.gather(*(self._score_trace(episode, trace, on_sent) for trace in episode.traces))
 
     async def aclose(self) -> None:
         if self._asking is not None:
             self._asking.cancel()  # no harm where it is done
         await self._transport.aclose()
 
-    async def _score_trace(self, episode: Episode, trace: TokenTrace) -> TeacherScore:
+    async def _score_trace(self, episode: Episode, trace: TokenTrace, on_sent: Callable[[int], None]) -> TeacherScore:
         if not any(trace.loss_mask):
             return TeacherScore(logprobs=[None] * len(trace))
         scorer = await self._ask_by()
@@ -162,7 +163,7 @@ class HttpTeacher:
         trained = [i for i, is_trained in enumerate(trace.loss_mask) if is_trained]
         candidates = _candidates(trace, trained, self._top_k) if self._given_ids else None
         async with self._budget.take(len(ids), episode.task.id):
-            self.num_tokens += len(ids)
+            on_sent(len(ids))
             try:
                 scores = await scorer.score(
                     self._transport,

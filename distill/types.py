@@ -7,7 +7,7 @@ V vocabulary. The trainer is blind to text: it sees ids, masks and numbers.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -44,8 +44,13 @@ class TeacherError(Exception):
 class TeacherScorer(Protocol):
     """A model that scores: token ids in, log-probabilities out."""
 
-    async def score(self, episode: Episode) -> Sequence[TeacherScore]:
+    async def score(
+        self, episode: Episode, *, on_sent: Callable[[int], None] = lambda _: None
+    ) -> Sequence[TeacherScore]:
         """One score a trace of the episode, in order.
+
+        Args:
+            on_sent: told the tokens of each request as it is sent.
 
         Raises:
             TeacherError: after retries; the episode is then dropped from the step and counted.

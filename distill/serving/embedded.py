@@ -140,24 +140,33 @@ class EmbeddedEngine:
         """
         from distill.serving.weights import copy_weights
 
-        loop = asyncio.get_running_loop()
-        loaded: asyncio.Future[None] = loop.create_future()
-
         def load() -> None:
             copy_weights(self._model, weights)
             self._worker.forget()
             self._worker.weight_version = version
 
+        await self._alone(load)
+
+    async def forget(self) -> None:
+        """Drop the cache between two batches. How much of a prompt is found there decides the shape of the forward
+        pass that computes the rest, and with it the last bits: after this, what was asked before plays no part."""
+        await self._alone(self._worker.forget)
+
+    async def _alone(self, action: Callable[[], None]) -> None:
+        """Run `action` in the worker's thread while nothing else runs there."""
+        loop = asyncio.get_running_loop()
+        done_there: asyncio.Future[None] = loop.create_future()
+
         def resolve(error: BaseException | None) -> None:
-            if not loaded.done():
-                loaded.set_exception(error) if error is not None else loaded.set_result(None)
+            if not done_there.done():
+                done_there.set_exception(error) if error is not None else done_there.set_result(None)
 
         def done(error: BaseException | None) -> None:
             loop.call_soon_threadsafe(resolve, error)
 
         self.start()
-        self._worker.run_exclusive(load, done)
-        await loaded
+        self._worker.run_exclusive(action, done)
+        await done_there
 
     async def complete(self, requests: Sequence[CompletionRequest]) -> list[CompletionResult]:
         """Run requests to their end. Cancelling this frees their slots.

@@ -61,8 +61,7 @@ class SlotTable:
             num_slots = wanted
         if (num_slots, num_tokens) == (cache.num_slots, cache.num_tokens):
             return list(busy)
-        self._resize(num_slots, num_tokens, busy)
-        return list(range(len(busy)))
+        return self._resize(num_slots, num_tokens, busy)
 
     def longest_prefix(self, prompt: np.ndarray) -> tuple[int, int]:
         """The slot that shares the most with the prompt, and how much; (-1, 0) if none does. The last token is left
@@ -121,9 +120,13 @@ class SlotTable:
         self._lengths[:] = 0
         self._cache.clear()
 
-    def _resize(self, num_slots: int, num_tokens: int, busy: Sequence[int]) -> None:
-        idle = [s for s in np.argsort(-self._last_used).tolist() if s not in set(busy) and self._lengths[s]]
-        keep = [*busy, *idle][:num_slots]
+    def _resize(self, num_slots: int, num_tokens: int, busy: Sequence[int]) -> list[int]:
+        """Where the busy slots are now. A larger table leaves every slot where it is: else which rows share a forward
+        pass, and with it the last bits of a sample, would hang on how large the cache had become before."""
+        keep = list(range(self._cache.num_slots))
+        if num_slots < len(keep):
+            idle = [s for s in np.argsort(-self._last_used).tolist() if s not in set(busy) and self._lengths[s]]
+            keep = sorted([*busy, *idle][:num_slots])
         self._cache.resize(num_slots, num_tokens, keep)
         span = min(num_tokens, self._ids.shape[1])
         ids = np.zeros((num_slots, num_tokens), dtype=np.int32)
@@ -132,3 +135,4 @@ class SlotTable:
         lengths[: len(keep)] = np.minimum(self._lengths[keep], span)
         last_used[: len(keep)] = self._last_used[keep]
         self._ids, self._lengths, self._last_used = ids, lengths, last_used
+        return [keep.index(slot) for slot in busy]

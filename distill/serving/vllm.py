@@ -172,6 +172,7 @@ def launches(
     max_logprobs: int = 20,
     lora_rank: int | None = None,
     lora_modules: Sequence[str] = (),
+    num_adapters: int = 2,
     trainable: bool = False,
     nccl: bool = False,
 ) -> list[Launch]:
@@ -183,6 +184,7 @@ def launches(
         lora_rank: serve adapters of at most this rank.
         lora_modules: what they adapt. Without the list vLLM 0.32 wraps the output head too, and a prompt that is scored
             beside adapted requests kills it on a CPU (lora/punica_wrapper/punica_cpu.py, add_lora_logits).
+        num_adapters: adapters loaded at once.
         trainable: full weights will be reloaded; opens vLLM's development routes, on loopback.
     """
     python = server.python or sys.executable
@@ -209,7 +211,8 @@ def launches(
     if server.tensor_parallel > 1:
         options["--tensor-parallel-size"] = [str(server.tensor_parallel)]
     if lora_rank is not None:
-        options |= {"--enable-lora": [], "--max-loras": ["2"], "--max-lora-rank": [str(_allowed_rank(lora_rank))]}
+        options |= {"--enable-lora": [], "--max-loras": [str(num_adapters)]}
+        options["--max-lora-rank"] = [str(_allowed_rank(lora_rank))]
         if lora_modules:
             options["--lora-target-modules"] = sorted(lora_modules)
         environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"

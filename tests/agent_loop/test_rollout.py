@@ -495,6 +495,36 @@ async def test_order_bound_and_what_is_played_depend_on_nothing_else(tiny: Rende
     assert len({len(e.turns) for e in alone}) > 1  # the seeds did differ
 
 
+async def test_slots_bound_several_calls_together(tiny: Renderer) -> None:
+    in_play: list[int] = [0]
+    seen: list[int] = []
+
+    class Counted(Adding):
+        async def areset(self, **options: Any) -> Any:
+            in_play[0] += 1
+            seen.append(in_play[0])
+            await asyncio.sleep(0.005)
+            in_play[0] -= 1
+            return await super().areset(**options)
+
+    slots, policy = asyncio.Semaphore(3), Random(tiny)
+    both = await asyncio.gather(
+        *(
+            run_episodes(
+                jobs_of(10, seed),
+                make_env=Counted,
+                make_actor=lambda: TokenActor(tiny, policy),
+                max_concurrent=3,
+                slots=slots,
+            )
+            for seed in (1, 2)
+        )
+    )
+    assert [len(episodes) for episodes in both] == [10, 10]
+    assert max(seen) == 3
+    assert not slots.locked(), "all are given back"
+
+
 async def test_no_more_environments_than_jobs_and_none_without(tiny: Renderer) -> None:
     assert len(await run(tiny, 2, 50)) == 2
     assert Adding.made == 2

@@ -15,7 +15,15 @@ import torch
 from training_cases import make_episodes, run_config, tiny_model, weights_of
 from transformers import AutoModelForCausalLM
 
-from distill.checkpoint import MANIFEST, CheckpointError, find_latest, open_checkpoint, save_checkpoint
+from distill.checkpoint import (
+    MANIFEST,
+    CheckpointError,
+    find_latest,
+    open_checkpoint,
+    rng_state,
+    save_checkpoint,
+    set_aside_after,
+)
 from distill.config import LoraConfig
 from distill.student import Student
 
@@ -152,6 +160,39 @@ def test_old_ones_and_leftovers_go(tmp_path: Path) -> None:
     assert names(tmp_path) == ["notes.txt", "step_000004", "step_000005"]
 
 
+def test_every_nth_one_stays(tmp_path: Path) -> None:
+    student = make_student()
+    for step in range(1, 8):
+        save_checkpoint(tmp_path, step, student, cursor=0, keep_last=1, keep_every=3)
+    assert names(tmp_path) == ["step_000003", "step_000006", "step_000007"]
+
+
+def test_generators_of_each_rank(tmp_path: Path) -> None:
+    states = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        states.append(rng_state())
+    save_checkpoint(tmp_path, 1, make_student(), cursor=0, keep_last=1, rng=states)
+    checkpoint = find_latest(tmp_path)
+    assert checkpoint is not None
+    for rank, seed in ((0, 1), (1, 2)):
+        wanted = torch.rand(3, generator=torch.Generator().manual_seed(seed))
+        checkpoint.restore_rng(rank)
+        assert torch.equal(torch.rand(3), wanted)
+    torch.manual_seed(3)
+    checkpoint.restore_rng(2)  # a rank that was not there
+    assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(3)))
+
+
+def test_later_ones_are_set_aside(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, step, make_student(), cursor=0, keep_last=3)
+    assert [p.name for p in set_aside_after(tmp_path, 1)] == ["rewound_000002", "rewound_000003"]
+    checkpoint = find_latest(tmp_path)
+    assert checkpoint is not None
+    assert checkpoint.step == 1
+
+
 def test_none_at_all_is_none(tmp_path: Path) -> None:
     assert find_latest(tmp_path / "nowhere") is None
     assert find_latest(tmp_path) is None
@@ -162,7 +203,7 @@ def test_a_disk_that_refuses_leaves_the_old_one(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     save_checkpoint(folder, 1, student, cursor=0, keep_last=1)
     (folder / ".building_000002").write_text("a file where a folder has to be")
-    with pytest.raises(CheckpointError, match="step_000002: cannot be written"):
+    with pytest.raises(CheckpointError, match=r"step_000002: cannot be written.*needs about .* MiB, .* MiB are free"):
         save_checkpoint(folder, 2, student, cursor=0, keep_last=1)
     checkpoint = find_latest(folder)
     assert checkpoint is not None

@@ -26,6 +26,7 @@ from distill.config_load import (
     load_config,
     load_from_arguments,
 )
+from distill.resume import FREE_KEYS
 from distill.toml_lines import key_lines
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -285,6 +286,7 @@ def from_arguments(flags: list[str]) -> tuple[LoadedConfig, list[str]]:
     parser = argparse.ArgumentParser()
     add_config_arguments(parser)
     parser.add_argument("--resume", type=Path)
+    parser.add_argument("--allow-change", type=lambda text: text.split(","), default=[])
     said: list[str] = []
     arguments, rest = parser.parse_known_args(flags)
     return load_from_arguments(arguments, rest, said.append), said
@@ -316,9 +318,29 @@ def test_a_resumed_run_keeps_its_configuration(toml: Any) -> None:
     assert (loaded.config.env, said) == ("e", [])
     loaded, said = from_arguments(["--resume", ".", "--steps", "200", "--eval.every", "5"])
     assert loaded.config.steps == 200
-    assert said == ["changed for the rest of the run: steps = 200", "changed for the rest of the run: eval.every = 5"]
-    with pytest.raises(ConfigError, match=r"--optim\.lr: optim\.lr cannot change when a run is resumed"):
-        from_arguments(["--resume", ".", "--optim.lr", "0.1"])
+    assert said == [f"changed for the rest of the run: {c}" for c in ("steps: 100 -> 200", "eval.every: 0 -> 5")]
+    assert [(c.key, c.old, c.new) for c in loaded.changes] == [("steps", 100, 200), ("eval.every", 0, 5)]
+
+
+def test_other_keys_of_a_resumed_run_change_only_if_that_is_allowed(toml: Any) -> None:
+    toml(load_config([toml(BASE)]).config.model_dump_json(), "config.json")
+    flags = ["--resume", "checkpoints/step_000010", "--optim.lr", "0.1", "--student.lora.rank", "8", "--seed", "1"]
+    with pytest.raises(ConfigError) as refused:
+        from_arguments(flags)
+    *listed, last = refused.value.messages
+    assert "--optim.lr: optim.lr: 1e-05 -> 0.1" in listed
+    assert "--seed: seed: 0 -> 1" in listed
+    assert "--student.lora.rank: student.lora.rank: null -> 8" in listed
+    assert "--allow-change" in last
+    with pytest.raises(ConfigError) as refused:
+        from_arguments([*flags, "--allow-change", "student.lora,seed"])
+    assert [m.split(":")[0] for m in refused.value.messages[:-1]] == ["--optim.lr"]
+    loaded, _ = from_arguments([*flags, "--allow-change", "student.lora,seed,optim"])
+    assert loaded.config.optim.lr == 0.1
+
+
+def test_keys_that_a_resumed_run_may_change_exist() -> None:
+    assert set(FREE_KEYS) <= set(all_keys())
 
 
 def test_notes_are_said(toml: Any) -> None:

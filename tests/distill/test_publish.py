@@ -256,6 +256,29 @@ async def test_each_adapter_has_a_name_of_its_own(servers: list[WeightServer], s
     assert list((tmp_path / "weights").iterdir()) == []
 
 
+async def test_older_adapters_stay_as_long_as_a_turn_may_end_on_them(
+    servers: list[WeightServer], fleets: list[Fleet], tmp_path: Path
+) -> None:
+    fleet = Fleet.given("student", [servers[0].base_url], None, max_outage_s=30.0)
+    fleets.append(fleet)
+    await fleet.start()
+    publisher = DiskPublisher(fleet, tmp_path / "weights", "student", Canary(CANARY, 1e-3), lora=True, num_older=1)
+    student, names = make_student(lora=True), []
+    for version in (1, 2, 3):
+        train(student)
+        await publisher.publish(student, version)
+        names.append(publisher.model)
+    assert list(servers[0].models) == ["student", names[1], names[2]]
+    assert [folder.exists() for folder in servers[0].folders] == [False, True, True]
+    for name in names[1:]:
+        del servers[0].models[name]  # started anew
+    await publisher.push_to(fleet.replicas[0])
+    assert list(servers[0].models) == ["student", names[1], names[2]], "a turn that is sent again finds its adapter"
+    await publisher.aclose()
+    assert list(servers[0].models) == ["student"]
+    assert list((tmp_path / "weights").iterdir()) == []
+
+
 async def test_the_embedded_engine(tmp_path: Path) -> None:
     student = make_student()
     engine = EmbeddedEngine(student.serving_copy(), None, name="student")

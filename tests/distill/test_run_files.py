@@ -53,20 +53,50 @@ def test_a_used_directory_is_refused_and_says_how_to_go_on(tmp_path: Path) -> No
         RunDir.resume(tmp_path / "nothing")
 
 
+HOLD = """
+import sys, time
+from pathlib import Path
+from distill.rundir import RunDir
+run = RunDir.create(Path(sys.argv[1]), {})
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
 def test_a_second_process_is_refused_and_a_dead_one_is_not_waited_for(tmp_path: Path) -> None:
-    run = RunDir.create(tmp_path / "run", {})
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"ready\n"
+        with pytest.raises(RunDirError, match=f"in use by process {other.pid}"):
+            RunDir.resume(tmp_path / "run")
+        other.kill()
     lock = tmp_path / "run" / "LOCK"
-    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    held = json.loads(lock.read_text())
-    lock.write_text(json.dumps(held | {"pid": other.pid}))
-    with pytest.raises(RunDirError, match=f"in use by process {other.pid}"):
-        RunDir.resume(tmp_path / "run")
-    other.communicate()
-    again = RunDir.resume(tmp_path / "run")
-    assert again.attempt == run.attempt + 1
+    assert json.loads(lock.read_text())["pid"] == other.pid
+    run = RunDir.resume(tmp_path / "run")
+    assert run.attempt == 2
     assert json.loads(lock.read_text())["pid"] == os.getpid()
-    again.close("finished")
+    run.close("finished")
     assert not lock.exists()
+
+
+def test_a_process_of_another_machine_is_believed(tmp_path: Path) -> None:
+    RunDir.create(tmp_path / "run", {}).close("finished")
+    (tmp_path / "run" / "LOCK").write_text('{"pid": 1, "host": "elsewhere"}')
+    with pytest.raises(RunDirError, match=r"in use by process 1 on elsewhere\. If that process is gone, delete"):
+        RunDir.resume(tmp_path / "run")
+
+
+def test_a_directory_that_was_replaced_is_not_written_to(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path / "run", {})
+    (tmp_path / "run").rename(tmp_path / "gone")
+    RunDir.create(tmp_path / "run", {}).close("finished")
+    with pytest.raises(RunDirError, match="was deleted or replaced"):
+        run.append_metrics({"step": 1})
+    run.close("finished")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"
+    assert json.loads((tmp_path / "gone" / "run.json").read_text())["status"] == "started"
 
 
 def test_rewinding_forgets_what_came_after_the_checkpoint(tmp_path: Path) -> None:
@@ -74,13 +104,21 @@ def test_rewinding_forgets_what_came_after_the_checkpoint(tmp_path: Path) -> Non
     for step in range(1, 5):
         run.append_metrics({"step": step, "teacher_kl": 1.0 / step})
         run.episodes_file(step).write_text("{}\n")
-    run.append_metrics({"step": 0, "name": "student"}, file="evals.jsonl")
+    for name, step in (("student", 0), ("student", 4)):
+        run.append_metrics({"step": step, "name": name}, file="evals.jsonl")
+    for kind, step in (("eval", 0), ("eval_teacher", 0), ("eval", 4)):
+        run.episodes_file(step, kind=kind).write_text("{}\n")
     with (run.path / "metrics.jsonl").open("a") as out:
         out.write('{"step": 5, "teach')  # killed in mid-write
     run.rewind(2)
     assert [line["step"] for line in read_jsonl(run.path / "metrics.jsonl")] == [1, 2]
     assert [line["step"] for line in read_jsonl(run.path / "evals.jsonl")] == [0]
-    assert sorted(p.name for p in (run.path / "episodes").iterdir()) == ["step_000001.jsonl", "step_000002.jsonl"]
+    left = sorted(p.name for p in (run.path / "episodes").iterdir())
+    assert left == [
+        "eval_000000.jsonl",
+        "step_000001.jsonl",
+        "step_000002.jsonl",
+    ]  # the teacher's has no line: half made
 
 
 def test_a_number_that_is_not_finite_never_reaches_the_metrics(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def test_a_teacher_that_answers_rubbish_is_never_trained_on(
     make: Callable[..., Workplace], models: Path, fault: str
 ) -> None:
     """F10-F12: the checks pass on good replies, then every scoring reply is damaged."""
-    with FakeVllm(model="teacher", vocab_size=vocabulary_size(models)) as server:
+    with FakeVllm(model=str(models / "teacher"), vocab_size=vocabulary_size(models)) as server:
         server.fault_after(requests=5, fault=fault, only_scoring=True)
         workplace = make(**{"teacher.base_url": f'"{server.base_url}"', "teacher.timeout_s": "5.0"})
         done = workplace.run("--run-id", "one", "--check.skip", '["vocabulary", "teacher_server"]')

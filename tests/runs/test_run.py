@@ -87,9 +87,10 @@ def wait_for(condition, *, process_of: Workplace, timeout: float = 90.0) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize("delay", [0.02, 0.4])
 def test_kill_nine_and_resume_end_as_if_nothing_had_happened(workplace: Workplace, delay: float) -> None:
-    """F1: killed at a random moment; weights and metrics are those of the uninterrupted run. Not to the last bit: which
-    requests share a forward pass depends on timing, and float32 sums depend on that. AdamW turns such noise in a
-    gradient near zero into up to a learning rate's worth of difference, so the learning rate is small here."""
+    """Killed at a random moment with many requests at once; weights and metrics are those of the uninterrupted run. Not
+    to the last bit (test_faults_kill.py has that): which requests share a forward pass depends on timing, and float32
+    sums depend on that. AdamW turns such noise in a gradient near zero into up to a learning rate's worth of
+    difference."""
     from safetensors.numpy import load_file
 
     flags = ("--steps", "6", "--checkpoint.every", "2", "--optim.lr", "1e-4")
@@ -105,7 +106,7 @@ def test_kill_nine_and_resume_end_as_if_nothing_had_happened(workplace: Workplac
     process.wait()
     workplace.run("--resume", str(killed), *flags, check=True)
 
-    timings = ("time/", "tokens_per_s/")
+    timings = ("time/", "tokens_per_s/", "idle/")
     for ours, theirs in zip(workplace.lines("killed"), workplace.lines("whole"), strict=True):
         for name, value in theirs.items():
             if not name.startswith(timings):
@@ -117,7 +118,7 @@ def test_kill_nine_and_resume_end_as_if_nothing_had_happened(workplace: Workplac
         found = load_file(killed / last / file.relative_to(workplace.path / "runs" / "whole" / last))
         assert expected.keys() == found.keys()
         for name, tensor in expected.items():
-            assert found[name] == pytest.approx(tensor, abs=1e-5), (file.name, name)
+            assert found[name] == pytest.approx(tensor, abs=1e-4), (file.name, name)
 
 
 def test_nothing_of_a_run_is_a_pickle(workplace: Workplace) -> None:
