@@ -27,7 +27,7 @@ from distill.migrate.source import Entry
 
 NAME = "prime-rl"
 _PACKING = "batches are cut by optim.micro_batch_tokens; no result depends on it"
-_IN_STEP = "each step samples from the weights of the step before; nothing runs ahead"
+_STALENESS = "rollout.max_staleness bounds the age of every token; 0, the default, is synchronous"
 _RATIO = "no token or sequence is masked by its ratio; the ratio is capped at loss.rho (docs/loss.md)"
 _NO_FILTER = "no such setting: no episode is left out for its difficulty or its text"
 _LOGS = "metrics.jsonl, curves and episodes are written in any case"
@@ -138,10 +138,10 @@ RULES: dict[str, Rule] = {
     "orchestrator.buffer.*": refuse(_NO_FILTER),
     "orchestrator.advantage.type": only("default", "reward minus the mean of the group, as here", "no such setting"),
     "orchestrator.oversampling_factor": only(1, "1 is none", "no such setting: a step plays as many as it trains on"),
-    "orchestrator.max_off_policy_steps": drop(_IN_STEP),
-    "orchestrator.max_async_level": drop(_IN_STEP),
-    "orchestrator.strict_async_level": drop(_IN_STEP),
-    "max_async_level": drop(_IN_STEP),
+    "orchestrator.max_off_policy_steps": drop(_STALENESS),
+    "orchestrator.max_async_level": to("rollout.max_staleness", integer),
+    "orchestrator.strict_async_level": drop(_STALENESS),
+    "max_async_level": to("rollout.max_staleness", integer),
     # the trainer
     "trainer.optim.lr": to("optim.lr", number),
     "orchestrator.optim.lr": to("optim.lr", number),
@@ -173,6 +173,7 @@ RULES: dict[str, Rule] = {
     "ckpt.interval": to("checkpoint.every", integer),
     "ckpt.keep_last": to("checkpoint.keep_last", integer),
     "ckpt.keep": to("checkpoint.keep_last", integer),
+    "ckpt.keep_interval": to("checkpoint.keep_every", integer),
     "ckpt.resume_step": refuse("a run goes on with --resume RUN"),
     "ckpt.*": drop("a checkpoint has all that the run needs to go on"),
     "trainer.ckpt.*": drop("[ckpt] at the top is what counts here"),
@@ -325,6 +326,9 @@ def _gpus(draft: Draft, key: str, inference: str, ours: str) -> None:
 def _trainer(draft: Draft) -> None:
     given = draft.entries.get("trainer_gpu_ids")
     if given is None:
+        if 0 in (draft.value("student.server.gpus") or ()):
+            words = "their default is GPU 1: CUDA_VISIBLE_DEVICES=1 python -m ...; else it shares GPU 0 with a server"
+            draft.say("", "trainer_gpu_ids", "dropped", words)
         return
     try:
         gpus = integers(given.value)

@@ -212,6 +212,7 @@ def test_prime_rl_defaults_are_made_explicit_and_the_teacher_is_the_students_mod
     assert config.student.server is not None
     assert config.student.server.gpus == (0,)
     draft = draft_of("[trainer.optim]\nlr = 1e-6\n", "b.toml")
+    assert "CUDA_VISIBLE_DEVICES=1" in row(draft, "trainer_gpu_ids").words
     assert draft.value("loss.teacher_tau") == 0.0
 
 
@@ -250,6 +251,7 @@ def test_prime_rl_counts_episodes_and_we_count_tasks(place: Path) -> None:
         ("max_steps = 7", "max_steps", "mapped", "steps"),
         ("[weight_broadcast]\ntype = 'nccl'", "weight_broadcast.type", "mapped", "student.weight_sync"),
         ("[weight_broadcast]\ntype = 'nixl'", "weight_broadcast.type", "impossible", "filesystem, nccl"),
+        ("max_async_level = 2", "max_async_level", "mapped", "rollout.max_staleness"),
         ("[trainer.loss]\ntoken_mask_low = 0.1", "trainer.loss.token_mask_low", "dropped", "loss.rho"),
         ("[trainer.loss]\nkl_tau = 0", "trainer.loss.kl_tau", "dropped", "0"),
         ("[trainer.loss]\nkl_tau = 0.1", "trainer.loss.kl_tau", "impossible", "no such setting"),
