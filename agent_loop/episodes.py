@@ -148,7 +148,6 @@ def _refuse(constant: str) -> Any:
 
 def episode_to_json(episode: Episode) -> dict[str, Any]:
     """The JSON object of an episode. Arrays of numbers stay lists of their own, not objects a token."""
-    task = episode.task
     return {
         "schema_version": episode.schema_version,
         "id": episode.id,
@@ -161,16 +160,38 @@ def episode_to_json(episode: Episode) -> dict[str, Any]:
         "seed": episode.seed,
         "timing": episode.timing,
         "metadata": episode.metadata,
-        "task": {
-            "id": task.id,
-            "messages": list(task.messages),
-            "metadata": task.metadata,
-            "rewards": list(task.rewards),
-            "tools": None if task.tools is None else list(task.tools),
-        },
+        "task": task_to_json(episode.task),
         "turns": [_turn_to_json(turn) for turn in episode.turns],
         "traces": [_trace_to_json(trace) for trace in episode.traces],
     }
+
+
+def task_to_json(task: Task) -> dict[str, Any]:
+    """The JSON object of a task inside an episode."""
+    return {
+        "id": task.id,
+        "messages": list(task.messages),
+        "metadata": task.metadata,
+        "rewards": list(task.rewards),
+        "tools": None if task.tools is None else list(task.tools),
+    }
+
+
+def task_from_json(value: dict[str, Any]) -> Task:
+    """Read `task_to_json`'s object back.
+
+    Raises:
+        KeyError, TypeError: it is not one.
+    """
+    return _typed(
+        Task(
+            id=value["id"],
+            messages=_messages(value["messages"]),
+            metadata=value["metadata"],
+            rewards=_all((str,), _list(value["rewards"])),
+            tools=None if value["tools"] is None else _all((str,), _list(value["tools"])),
+        )
+    )
 
 
 def _turn_to_json(turn: Turn) -> dict[str, Any]:
@@ -233,19 +254,11 @@ def episode_from_json(value: Any) -> Episode:
 
 
 def _episode_from_json(value: dict[str, Any]) -> Episode:
-    task, error = value["task"], value["error"]
+    error = value["error"]
     episode = Episode(
         id=value["id"],
         env_id=value["env_id"],
-        task=_typed(
-            Task(
-                id=task["id"],
-                messages=_messages(task["messages"]),
-                metadata=task["metadata"],
-                rewards=_all((str,), _list(task["rewards"])),
-                tools=None if task["tools"] is None else _all((str,), _list(task["tools"])),
-            )
-        ),
+        task=task_from_json(value["task"]),
         turns=[_turn_from_json(turn) for turn in _list(value["turns"])],
         traces=[_trace_from_json(trace) for trace in _list(value["traces"])],
         stop_reason=StopReason(value["stop_reason"]),

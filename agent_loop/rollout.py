@@ -12,7 +12,7 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -111,7 +111,7 @@ async def run_episode(
     try:
         try:
             async with asyncio.timeout(None) as timeout:
-                with _clock(timeout, env.limits.timeout_s, away_s):
+                with clock(timeout, env.limits.timeout_s, away_s):
                     episode.stop_reason = await _play(job, env, actor, episode)
         except OutOfTokens as out:
             episode.stop_reason = out.reason
@@ -132,7 +132,7 @@ async def run_episode(
 
 
 @contextmanager
-def _clock(timeout: asyncio.Timeout, limit_s: float, away_s: Callable[[], float]) -> Iterator[None]:
+def clock(timeout: asyncio.Timeout, limit_s: float, away_s: Callable[[], float]) -> Iterator[None]:
     """Let `timeout` expire after `limit_s` by a clock that stands still while the model is away."""
     loop = asyncio.get_running_loop()
     began = loop.time() - away_s()
@@ -225,6 +225,38 @@ def _finish(episode: Episode, actor: Actor, total_s: float) -> None:
 # Many episodes
 
 
+class Stage:
+    """Environments that play one episode after another; one in which an episode failed or timed out is closed.
+
+    Args:
+        make_env: a fresh environment; called when all that there are play.
+    """
+
+    def __init__(self, make_env: Callable[[], ToolEnv]) -> None:
+        self._make_env = make_env
+        self._idle: list[ToolEnv] = []
+
+    async def play(self, job: EpisodeJob, actor: Actor, *, away_s: Callable[[], float] = never_away) -> Episode:
+        """`run_episode` in an environment that no other episode has meanwhile."""
+        env = self._idle.pop() if self._idle else self._make_env()
+        fit = False
+        try:
+            episode = await run_episode(job, env, actor, away_s=away_s)
+            fit = episode.stop_reason not in (StopReason.ERROR, StopReason.TIMEOUT)
+        finally:
+            if fit:
+                self._idle.append(env)
+            else:
+                await _close(env)
+        return episode
+
+    async def aclose(self) -> None:
+        """Close the environments that play nothing."""
+        idle, self._idle = self._idle, []
+        for env in idle:
+            await _close(env)
+
+
 async def run_episodes(
     jobs: Sequence[EpisodeJob],
     *,
@@ -235,13 +267,10 @@ async def run_episodes(
     on_episode: Callable[[Episode], None] = lambda _: None,
     away_s: Callable[[], float] = never_away,
 ) -> list[Episode]:
-    """Play many episodes, at most `max_concurrent` at once; each has an environment and an actor of its own.
-
-    An environment plays one episode after another; one in which an episode failed or timed out is not used again.
+    """Play many episodes in this process; each has an environment (`Stage`) and an actor of its own.
 
     Args:
-        slots: one more bound, shared with other calls that run meanwhile: an episode begins when it gets a slot.
-        on_episode: called as soon as an episode ends, in the order of the endings.
+        max_concurrent, slots, on_episode: see `play_all`.
         away_s: see `run_episode`.
 
     Returns:
@@ -251,6 +280,38 @@ async def run_episodes(
         ValueError: `max_concurrent` below 1, or two jobs of one id.
         Exception: what `make_env`, `make_actor` or `on_episode` raised; the episodes that still run are cancelled.
     """
+    stage = Stage(make_env)
+
+    async def play(job: EpisodeJob) -> Episode:
+        return await stage.play(job, make_actor(), away_s=away_s)
+
+    try:
+        return await play_all(jobs, play, max_concurrent=max_concurrent, slots=slots, on_episode=on_episode)
+    finally:
+        await stage.aclose()
+
+
+async def play_all(
+    jobs: Sequence[EpisodeJob],
+    play: Callable[[EpisodeJob], Awaitable[Episode]],
+    *,
+    max_concurrent: int,
+    slots: asyncio.Semaphore | None = None,
+    on_episode: Callable[[Episode], None] = lambda _: None,
+) -> list[Episode]:
+    """Play every job, at most `max_concurrent` at once, begun in their order.
+
+    Args:
+        slots: one more bound, shared with other calls that run meanwhile: an episode begins when it gets a slot.
+        on_episode: called as soon as an episode ends, in the order of the endings.
+
+    Returns:
+        The episodes in the order of the jobs.
+
+    Raises:
+        ValueError: `max_concurrent` below 1, or two jobs of one id.
+        Exception: what `play` or `on_episode` raised; what still runs is cancelled.
+    """
     if max_concurrent < 1:
         raise ValueError(f"max_concurrent must be at least 1, got {max_concurrent}")
     twice = [name for name, count in Counter(job.id for job in jobs).items() if count > 1]
@@ -259,25 +320,16 @@ async def run_episodes(
     done: dict[int, Episode] = {}
     queue = iter(enumerate(jobs))
 
-    async def worker() -> None:
-        env: ToolEnv | None = None
-        try:
-            for index, job in queue:
-                async with slots or nullcontext():
-                    env = make_env() if env is None else env
-                    done[index] = episode = await run_episode(job, env, make_actor(), away_s=away_s)
-                if episode.stop_reason in (StopReason.ERROR, StopReason.TIMEOUT):
-                    broken, env = env, None
-                    await _close(broken)
-                on_episode(episode)
-        finally:
-            if env is not None:
-                await _close(env)
+    async def player() -> None:
+        for index, job in queue:
+            async with slots or nullcontext():
+                done[index] = episode = await play(job)
+            on_episode(episode)
 
     try:
         async with asyncio.TaskGroup() as group:
             for _ in range(min(max_concurrent, len(jobs))):
-                group.create_task(worker())
+                group.create_task(player())
     except BaseExceptionGroup as failed:
         raise failed.exceptions[0] from None  # the first: the others are its consequence or its like
     return [done[index] for index in range(len(jobs))]

@@ -249,7 +249,7 @@ class Turn:
 class EpisodeError:
     """Why an episode failed. Failures of one episode are data; they never reach its siblings."""
 
-    boundary: Literal["student", "teacher", "tool", "env", "data", "renderer"]
+    boundary: Literal["student", "teacher", "tool", "env", "data", "renderer", "worker"]
     kind: str
     """Exception class, or the `kind` of a typed error."""
     message: str

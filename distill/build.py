@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import transformers
 
-import envs
 from agent_loop.policy import VllmPolicy
 from agent_loop.renderer import Renderer, load_renderer
 from agent_loop.transport import TransportError
@@ -23,7 +22,11 @@ from distill.config import RunConfig
 from distill.console import Console
 from distill.cost import Activity, gpus_of
 from distill.endpoints import Endpoint, Place, publisher_for
+from distill.environment import make_env
 from distill.publish import Publisher
+from distill.ranks import Ranks, join
+from distill.ray_cluster import check_installed, players
+from distill.ray_workers import RayWorkers
 from distill.resume import TaskSet, as_records, task_sets
 from distill.serving.fleet import Fleet
 from distill.serving.vllm import Machine
@@ -71,6 +74,8 @@ class Parts:
     """What `train_tasks` and `eval_tasks` were when they were read."""
     lost: list[asyncio.Future[None]] = field(default_factory=list)
     """Futures that get an exception when work must not be waited for any longer, beside those of the fleets."""
+    workers: RayWorkers | None = None
+    """Where episodes are played; None: in this process."""
 
     @property
     def fleets(self) -> list[Fleet]:
@@ -89,12 +94,16 @@ class Parts:
         return make_env(self.config, verify=verify, step=step)
 
     async def start(self, console: Console) -> None:
-        """Start the servers and find out how they are best asked.
+        """Start the workers and the servers, and find out how these are best asked.
 
         Raises:
+            WorkersError: a worker cannot play the run's environment.
             LaunchError: a server did not start; with the end of its log.
             PolicyError: the student's does not answer.
         """
+        if self.workers is not None:
+            console.say(f"episodes are played by {players(self.config)}")
+            await self.workers.start()
         for fleet in self.fleets:
             console.say(f"{fleet.name}: {fleet.plan()}")
         await asyncio.gather(*(fleet.start() for fleet in self.fleets))
@@ -139,16 +148,15 @@ class Parts:
         return task.result()
 
     async def aclose(self) -> None:
+        if self.workers is not None:
+            await self.workers.aclose()
         await self.publisher.aclose()
         await self.policy.aclose()
         await self.teacher.aclose()
         await self.student_endpoint.aclose()
         if self.teacher_endpoint.transport is not self.student_endpoint.transport:
             await self.teacher_endpoint.aclose()
-
-
-def make_env(config: RunConfig, *, verify: bool, step: int | None = None) -> ToolEnv:
-    return envs.make(config.env, limits=config.rollout.limits(step), skip_verification=not verify, **config.env_args)
+        await asyncio.to_thread(self.student.ranks.close)
 
 
 def load_tasks(config: RunConfig) -> tuple[list[Task], list[Task]]:
@@ -171,6 +179,33 @@ def load_tasks(config: RunConfig) -> tuple[list[Task], list[Task]]:
     return tasks[0], tasks[1]
 
 
+def load_student(config: RunConfig, path: str | Path, teacher_path: str | Path, ranks: Ranks) -> Student:
+    """The student, or one rank's part of it, with the teacher of `loss.type = "full"` beside it.
+
+    Raises:
+        BuildError: it is not what the configuration asks for.
+    """
+    torch.manual_seed(config.seed)
+    np.random.seed(config.seed % 2**32)
+    random.seed(config.seed)
+    transformers.utils.logging.disable_progress_bar()
+    if config.loss.type == "full" and config.teacher.system_prompt is not None:
+        raise BuildError(
+            'loss.type: "full" scores the student\'s own inputs and cannot show the teacher teacher.system_prompt; '
+            'take "sampled" or "topk"'
+        )
+    try:
+        student = Student.load(path, config, ranks)
+    except ValueError as error:
+        raise BuildError(f"student: {error}") from error
+    if config.loss.type == "full":
+        try:
+            student.load_teacher(teacher_path)
+        except ValueError as error:
+            raise BuildError(f"teacher: {error}") from error
+    return student
+
+
 def build(config: RunConfig, console: Console, folder: Path) -> Parts:
     """Load models and lay out the servers; `Parts.start` starts them.
 
@@ -178,31 +213,19 @@ def build(config: RunConfig, console: Console, folder: Path) -> Parts:
         folder: of the run: servers' logs and published weights go there.
 
     Raises:
-        BuildError, ConfigError, TaskError: what is wrong, before anything is trained.
+        BuildError, ConfigError, TaskError, WorkersError: what is wrong, before anything is trained.
     """
-    torch.manual_seed(config.seed)
-    np.random.seed(config.seed % 2**32)
-    random.seed(config.seed)
-    transformers.utils.logging.disable_progress_bar()
+    check_installed(config)
     train_tasks, eval_tasks = load_tasks(config)
     student_path = models.resolve(config.student.model, progress=console.say)
     teacher_config = config.teacher
     teacher_path = models.resolve(teacher_config.model or config.student.model, progress=console.say)
     renderer = load_renderer(student_path, enable_thinking=config.student.enable_thinking)
-    try:
-        student = Student.load(student_path, config)
-    except ValueError as error:
-        raise BuildError(f"student: {error}") from error
-    if config.loss.type == "full":
-        if teacher_config.system_prompt is not None:
-            raise BuildError(
-                'loss.type: "full" scores the student\'s own inputs and cannot show the teacher teacher.system_prompt; '
-                'take "sampled" or "topk"'
-            )
-        try:
-            student.load_teacher(teacher_path)
-        except ValueError as error:
-            raise BuildError(f"teacher: {error}") from error
+    ranks = join()
+    with ranks.call("build", config=config.model_dump(mode="json")):
+        student = load_student(config, student_path, teacher_path, ranks)
+    if ranks.size > 1:
+        console.say(f"the student is split over {ranks.size} processes (FSDP2)")
     if student.padded_because is not None:
         console.say(f"micro-batches are padded, not packed: {student.padded_because}")
     env = make_env(config, verify=False)
@@ -235,6 +258,9 @@ def build(config: RunConfig, console: Console, folder: Path) -> Parts:
         tool_specs=env.tool_specs,
         canary=canary,
         task_sets=task_sets(config, train_tasks, eval_tasks),
+        workers=RayWorkers(config, student_path, renderer.fingerprint, logs=folder / "logs" / "ray")
+        if config.rollout.executor == "ray"
+        else None,
         max_context=config.student.max_context
         or (student_endpoint.engine.limits.max_model_len if student_endpoint.engine else None),
         slots=asyncio.Semaphore(config.rollout.max_concurrent),

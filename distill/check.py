@@ -301,11 +301,14 @@ def main(argv: list[str] | None = None) -> int:
     from distill.config_load import ConfigError, add_config_arguments, load_from_arguments
     from distill.console import Console, fail
     from distill.failures import EXIT_CHECK, EXIT_USAGE, guarded
+    from distill.follow import follow, is_follower
 
     parser = argparse.ArgumentParser(prog="python -m distill.check", description=(__doc__ or "").split("\n\n")[0])
     add_config_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     arguments, rest = parser.parse_known_args(argv)
+    if is_follower():
+        return follow()
     console = Console(quiet=arguments.json)
     try:
         loaded = load_from_arguments(arguments, rest, console.say)

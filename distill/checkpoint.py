@@ -70,13 +70,12 @@ def save_checkpoint(
     keep_last: int,
     keep_every: int = 0,
     pending: Sequence[int] = (),
-    rng: Sequence[dict[str, Any]] | None = None,
 ) -> Path:
     """Write `folder/step_<step>`, then delete all but the last `keep_last` checkpoints up to it.
 
     Args:
         keep_every: those whose step is a multiple of it are never deleted; 0: none is kept for that.
-        rng: `rng_state` of each rank; None: of this process, the only one.
+        pending: `Checkpoint.pending`.
 
     Raises:
         CheckpointError: the disk refused; older checkpoints are as they were.
@@ -89,8 +88,7 @@ def save_checkpoint(
             shutil.rmtree(leftover)
         building.mkdir()
         student.save(building)
-        states = [rng_state()] if rng is None else list(rng)
-        state = {"step": step, "cursor": cursor, "pending": list(pending), "rng": states}
+        state = {"step": step, "cursor": cursor, "pending": list(pending), "rng": student.rng_states()}
         (building / "state.json").write_text(json.dumps(state), encoding="utf-8")
         files = {path.relative_to(building).as_posix(): _digest(path) for path in _files(building)}
         for path in _files(building):

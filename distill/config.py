@@ -196,6 +196,23 @@ class TeacherConfig(Section):
     """Share of a step's episodes that may go unscored before the run stops."""
 
 
+class RayConfig(Section):
+    """Rollout workers on Ray, for `rollout.executor = "ray"` (docs/serving.md, "Rollout workers")."""
+
+    workers: Annotated[int, Field(ge=1, le=4096)] = 2
+    """Worker processes, each with an environment for every episode that it plays and a browser of its own."""
+    episodes_per_worker: Annotated[int, Field(ge=1, le=1000)] = 32
+    """Episodes that one worker plays at once; `rollout.max_concurrent` bounds all workers together."""
+    cpus: Annotated[float, Field(gt=0, le=1024)] = 1.0
+    """Cores that Ray sets aside for a worker where it looks for a machine; the process may use more."""
+    address: Text | None = None
+    """Address of a Ray cluster that is there, such as `10.0.0.1:6379`. none: a Ray on this machine that the run starts
+    and ends."""
+    host: Text | None = None
+    """Address of this machine by which workers on other machines ask it for completions, in a network that you trust.
+    none: loopback, for workers on this machine."""
+
+
 class CurriculumConfig(Section):
     """Few turns at first, more later (TCOD, arXiv 2604.24005). The table switches it on."""
 
@@ -217,6 +234,10 @@ class RolloutConfig(Section):
     max_staleness: Annotated[int, Field(ge=0, le=64)] = 0
     """Updates that the weights which sampled a token may be behind those that are trained on it. 0: rollouts and
     training take turns. 1 or more: the next episodes are played while a step trains; `loss.rho` corrects."""
+    executor: Literal["asyncio", "ray"] = "asyncio"
+    """asyncio: environments live in this process. ray: in worker processes, here or on other machines; needs the extra
+    `ray`."""
+    ray: RayConfig = Field(default_factory=RayConfig)
     temperature: Annotated[float, Field(gt=0, le=10)] = 1.0
     """Sampling temperature. Other than 1, the student is trained off its own policy (corrected by `loss.rho`)."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0

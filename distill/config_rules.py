@@ -206,6 +206,11 @@ def notes_of(config: RunConfig) -> Iterator[str]:
         )
     if rollout.top_p != 1 or rollout.top_k:
         yield "rollout.top_p/top_k cut the distribution: the loss never sees the tokens that they leave out"
+    if rollout.executor == "ray" and rollout.ray.workers * rollout.ray.episodes_per_worker < rollout.max_concurrent:
+        yield (
+            f"rollout.ray has room for {rollout.ray.workers} x {rollout.ray.episodes_per_worker} episodes at once, "
+            f"rollout.max_concurrent is {rollout.max_concurrent}: the smaller number holds"
+        )
     if config.loss.type != "topk" and config.teacher.top_k:
         yield f'teacher.top_k is {config.teacher.top_k}, but loss.type "{config.loss.type}" does not use the candidates'
     if config.loss.adv_tau > 0 and rollout.group_size == 1:

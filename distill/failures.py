@@ -15,6 +15,7 @@ EXIT_NUMERIC = 6
 EXIT_STORAGE = 7
 EXIT_OUTAGE = 8
 EXIT_MEMORY = 9
+EXIT_RANK = 10
 EXIT_INTERRUPT = 130
 
 
@@ -35,6 +36,8 @@ def exit_code_of(error: BaseException) -> int | None:
     from distill.endpoints import EndpointError
     from distill.export import ExportError
     from distill.publish import PublishError
+    from distill.ranks import RankError
+    from distill.ray_cluster import WorkersError
     from distill.resume import DataChanged
     from distill.rundir import RunDirError
     from distill.serving.fleet import ServerLost
@@ -46,8 +49,13 @@ def exit_code_of(error: BaseException) -> int | None:
     from envs.registry import RegistryError
     from tools.pages import PageStoreError
 
+    if isinstance(error, RankError):
+        return error.code
     codes: list[tuple[tuple[type[BaseException], ...], int]] = [
-        ((ConfigError, BuildError, EndpointError, ExportError, RegistryError, RendererError), EXIT_USAGE),
+        (
+            (ConfigError, BuildError, EndpointError, ExportError, WorkersError, RegistryError, RendererError),
+            EXIT_USAGE,
+        ),
         ((CheckFailed,), EXIT_CHECK),
         ((TaskError, PageStoreError, DataChanged), EXIT_DATA),
         ((OutOfMemory,), EXIT_MEMORY),

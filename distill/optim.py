@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from distill.config import OptimConfig
+
+Place = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
 def lr_at(step: int, total_steps: int, config: OptimConfig) -> float:
@@ -30,13 +33,26 @@ class Optimizer:
 
     A parameter narrower than float32 gets a float32 master: gradients of micro-batches are summed, clipped and applied
     there, and the parameter is its rounded copy. Without it, bfloat16 (8 bits) loses every update below 1/256 of a
-    weight, which at usual learning rates is all of them.
+    weight, which at usual learning rates is all of them. Parameters that are sharded over ranks are their own masters
+    (FSDP2 rounds what it gathers).
 
     Matrices decay, vectors (norms, biases) do not.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimConfig, total_steps: int) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        config: OptimConfig,
+        total_steps: int,
+        *,
+        rounded: Collection[str] = (),
+    ) -> None:
+        """
+        Args:
+            rounded: names of parameters that are masters themselves, of weights that are used in narrower numbers.
+        """
         self._config = config
+        self._rounded = frozenset(rounded)
         self._total_steps = total_steps
         self._parameters = dict(parameters)
         self._masters: dict[str, nn.Parameter] = {}
@@ -67,14 +83,14 @@ class Optimizer:
         gradients = [p.grad for p in self._masters.values() if p.grad is not None]
         if not gradients:
             return 0.0
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = _norm(gradients)
         if bool(norm.isfinite()):  # else the scale would spread it to all parameters
             torch.nn.utils.clip_grads_with_norm_(self._masters.values(), self._config.max_grad_norm, norm)
         return float(norm)
 
     def non_finite(self) -> list[str]:
         """Names of the parameters whose gradient is not finite."""
-        return [n for n, p in self._masters.items() if p.grad is not None and not bool(p.grad.isfinite().all())]
+        return [n for n, p in self._masters.items() if p.grad is not None and not bool(_norm([p.grad]).isfinite())]
 
     def step(self, step: int) -> float:
         """Apply the gradients with the learning rate of `step`, and drop them.
@@ -105,13 +121,19 @@ class Optimizer:
         for name, master in self._masters.items():
             for key, value in self._adamw.state.get(master, {}).items():
                 tensors[f"{name}/{key}"] = value
-            if master is not self._parameters[name]:
+            if self._has_master(name):
                 tensors[f"{name}/master"] = master.detach()
         return tensors
 
+    def _has_master(self, name: str) -> bool:
+        return self._masters[name] is not self._parameters[name] or name in self._rounded
+
     @torch.no_grad()
-    def load_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def load_state(self, tensors: Mapping[str, torch.Tensor], place: Place) -> None:
         """Take what `state` gave.
+
+        Args:
+            place: copies a tensor to where another is, in its number format and sharded as it is (`Ranks.place`).
 
         Raises:
             ValueError: it belongs to other parameters; nothing was changed.
@@ -125,21 +147,26 @@ class Optimizer:
             if kind != "step" and tensor.shape != master.shape:
                 raise ValueError(f"optimiser state: {key!r} has shape {list(tensor.shape)}, not {list(master.shape)}")
             by_name.setdefault(name, {})[kind] = tensor
-        for name, master in self._masters.items():
-            if master is not self._parameters[name] and "master" not in by_name.get(name, {}):
+        for name in self._masters:
+            if self._has_master(name) and "master" not in by_name.get(name, {}):
                 raise ValueError(f"optimiser state: {name!r} has no float32 master; was it saved with another dtype?")
         self._adamw.state.clear()
         for name, kinds in by_name.items():
             master = self._masters[name]
             if "master" in kinds:
-                master.copy_(kinds.pop("master"))
+                master.copy_(place(kinds.pop("master"), master))
             if kinds:
                 # AdamW keeps its step count on the CPU, its moments beside the parameter.
                 self._adamw.state[master] = {
-                    kind: tensor.clone() if kind == "step" else tensor.to(master.device, master.dtype, copy=True)
-                    for kind, tensor in kinds.items()
+                    kind: place(tensor, None if kind == "step" else master) for kind, tensor in sorted(kinds.items())
                 }
         self._publish()
+
+
+def _norm(gradients: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Over all of them, and over all ranks."""
+    norm = torch.nn.utils.get_total_norm(gradients)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 class _GradientMover:

@@ -6,6 +6,7 @@ import itertools
 
 import envs
 from distill.config import RunConfig, StudentConfig, TeacherConfig
+from distill.ray_cluster import check_installed, players
 from envs.dataset import iter_tasks
 
 
@@ -15,7 +16,9 @@ def plan(config: RunConfig) -> str:
     Raises:
         RegistryError: an environment that is not there.
         TaskError: a row that is not a task.
+        WorkersError: Ray is wanted and not installed.
     """
+    check_installed(config)
     limits = config.rollout.limits()
     env = envs.make(config.env, limits=limits, skip_verification=config.skip_verification, **config.env_args)
     for path in (config.tasks.train, config.tasks.eval):
@@ -35,6 +38,7 @@ def plan(config: RunConfig) -> str:
         f"teacher       {config.teacher.model or config.student.model} on {teacher}{context}",
         f"each step     {config.rollout.batch_size} tasks x {config.rollout.group_size} = {episodes} episodes, "
         f"at most {limits.max_turns} turns of {limits.max_turn_tokens} tokens; rewards {reward}",
+        f"played        by {players(config)}",
         f"loss          {config.loss.type}, teacher_tau {config.loss.teacher_tau:g}, adv_tau {config.loss.adv_tau:g}",
         f"run           {config.steps} steps, lr {config.optim.lr:g}, a checkpoint every {config.checkpoint.every}",
     ]

@@ -93,7 +93,8 @@ def _source(student: Student) -> Any:
             return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self]
 
         def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-            return iter(student.state_dict_for_serving().items())
+            weights = student.state_dict_for_serving()  # of several ranks: on the CPU
+            return ((name, tensor.to(student.device)) for name, tensor in weights.items())
 
     return Weights()
 

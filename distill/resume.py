@@ -23,6 +23,8 @@ FREE_KEYS = (
     "eval",
     "check",
     "rollout.max_concurrent",
+    "rollout.executor",
+    "rollout.ray",
     "student.base_url",
     "student.server",
     "student.weight_sync",

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from distill.config_load import ConfigError, LoadedConfig, add_config_arguments, load_from_arguments
 from distill.console import Console, fail
-from distill.failures import EXIT_INTERRUPT, EXIT_USAGE, Interrupted, guarded
+from distill.failures import EXIT_INTERRUPT, EXIT_OK, EXIT_USAGE, Interrupted, guarded
+from distill.follow import follow, is_follower
 
 if TYPE_CHECKING:
     from distill.build import Parts
@@ -274,7 +275,7 @@ async def run_training(
         metadata = metadata_of(parts)
         checkpoint = continued(loaded, run, metadata, parts, console, wanted, allowed) if resume else None
         run.note(**metadata)
-        await train(parts, run, console, checkpoint)
+        await parts.student.ranks.while_whole(train(parts, run, console, checkpoint))
         finish(run, console, config.rollout.max_staleness)
         status = "finished"
     except (Interrupted, KeyboardInterrupt, asyncio.CancelledError):
@@ -358,6 +359,8 @@ def main(argv: list[str] | None = None) -> int:
         "--dry-run", action="store_true", help="check the configuration and the tasks, print the plan, stop"
     )
     arguments, rest = parser.parse_known_args(argv)
+    if is_follower():
+        return EXIT_OK if arguments.dry_run else follow()
     console = Console()
     if arguments.allow_change and arguments.resume is None:
         fail("--allow-change is about a run that is continued: it needs --resume RUN")

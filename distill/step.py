@@ -109,14 +109,14 @@ async def collect(
                 on_played()
 
             with parts.activity.rollout:
-                episodes = await run_episodes(
+                episodes = await play(
+                    parts,
                     jobs,
-                    make_env=lambda: parts.make_env(verify=not config.skip_verification, step=step),
-                    make_actor=lambda: TokenActor(parts.renderer, parts.policy, sampling_of(parts)),
-                    max_concurrent=config.rollout.max_concurrent,
-                    slots=parts.slots,
+                    parts.policy,
+                    parts.student_endpoint,
+                    verify=not config.skip_verification,
+                    step=step,
                     on_episode=ended,
-                    away_s=parts.student_endpoint.away_s,
                 )
             played_s = time.monotonic() - began
     except BaseExceptionGroup as failed:
@@ -136,6 +136,7 @@ async def collect(
         "time/sampling": mean([timing["sample"] for timing in timings]),
         "time/tools": mean([timing["env"] for timing in timings]),
         "tokens_per_s/rollout": scored.num_sampled / played_s if played_s > 0 else None,
+        **({"rollout/workers_lost": parts.workers.num_lost} if parts.workers is not None else {}),
     }
     refuse_if_starved(episodes, scored.trainable, scored.dropped, config.teacher.max_dropped_fraction)
     return scored
@@ -173,6 +174,45 @@ def scored_step(episodes: Sequence[Episode]) -> ScoredStep:
         **{f"teacher/dropped/{kind}": n for kind, n in sorted(dropped.items())},
     }
     return ScoredStep(episodes=list(episodes), trainable=trainable, metrics=metrics, dropped=dropped)
+
+
+async def play(
+    parts: Parts,
+    jobs: Sequence[EpisodeJob],
+    policy: VllmPolicy,
+    endpoint: Endpoint,
+    *,
+    verify: bool,
+    on_episode: Callable[[Episode], None],
+    step: int | None = None,
+) -> list[Episode]:
+    """Play episodes where `rollout.executor` says: in this process, or in workers (`RayWorkers.play`).
+
+    Args:
+        step: of training, for the curriculum.
+    """
+    sampling, max_concurrent = sampling_of(parts), parts.config.rollout.max_concurrent
+    if parts.workers is not None:
+        return await parts.workers.play(
+            jobs,
+            policy=policy,
+            sampling=sampling,
+            verify=verify,
+            step=step,
+            max_concurrent=max_concurrent,
+            slots=parts.slots,
+            on_episode=on_episode,
+            away_s=endpoint.away_s,
+        )
+    return await run_episodes(
+        jobs,
+        make_env=lambda: parts.make_env(verify=verify, step=step),
+        make_actor=lambda: TokenActor(parts.renderer, policy, sampling),
+        max_concurrent=max_concurrent,
+        slots=parts.slots,
+        on_episode=on_episode,
+        away_s=endpoint.away_s,
+    )
 
 
 def sampling_of(parts: Parts) -> Sampling:
@@ -216,15 +256,7 @@ async def evaluate(
     jobs = jobs_for(tasks, group_size=config.eval.group_size, step=step, seed=config.seed + 1_000_003)
     is_student = endpoint is parts.student_endpoint
     policy = parts.policy if is_student else VllmPolicy(endpoint.transport, endpoint.model)
-    episodes = await run_episodes(
-        jobs,
-        make_env=lambda: parts.make_env(verify=True),
-        make_actor=lambda: TokenActor(parts.renderer, policy, sampling_of(parts)),
-        max_concurrent=config.rollout.max_concurrent,
-        slots=parts.slots,
-        on_episode=lambda _: on_episode(),
-        away_s=endpoint.away_s,
-    )
+    episodes = await play(parts, jobs, policy, endpoint, verify=True, on_episode=lambda _: on_episode())
     writer = EpisodeWriter(run.episodes_file(step, kind=eval_kind(name)))
     for episode in episodes:
         writer.append(episode)

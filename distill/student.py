@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from agent_loop.types import Episode
-from distill.batch import collate, group_advantages, items_of, split_micro_batches
+from distill.batch import collate, group_advantages, items_of
 from distill.config import LoraConfig, RunConfig
 from distill.metrics import Metrics
 from distill.optim import Optimizer
+from distill.ranks import Ranks
 from distill.rows import Objective, RowModel
 from distill.train_metrics import StepRows
 from distill.types import Batch, Inputs
@@ -44,14 +45,24 @@ class Student:
     """
 
     def __init__(
-        self, model: PreTrainedModel, config: RunConfig, *, tokenizer: PreTrainedTokenizerBase | None = None
+        self,
+        model: PreTrainedModel,
+        config: RunConfig,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         """Take over a loaded model; `load` reads one from disk.
 
         Args:
             tokenizer: saved beside the weights.
+            ranks: the processes that train it together; the leader's calls are made on all of them. None: this one.
+
+        Raises:
+            ValueError: it cannot be split over ranks.
         """
         self.config = config
+        self.ranks = ranks or Ranks()
         self.tokenizer = tokenizer
         _switch_off_dropout(model)
         self.rows = RowModel(model)
@@ -64,14 +75,15 @@ class Student:
             _refuse_adapted_ties(model)
         if config.student.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self._narrow = self.ranks.shard(self.rows)
         self.parameters: dict[str, nn.Parameter] = {n: p for n, p in model.named_parameters() if p.requires_grad}
         """The trained ones, by their name in the model (LoRA's included)."""
-        self.optimizer = Optimizer(self.parameters, config.optim, total_steps=config.steps)
+        self.optimizer = Optimizer(self.parameters, config.optim, total_steps=config.steps, rounded=self._narrow.keys())
         self._teacher: RowModel | None = None
         self._has_stepped = False
 
     @classmethod
-    def load(cls, path: str | Path, config: RunConfig) -> Student:
+    def load(cls, path: str | Path, config: RunConfig, ranks: Ranks | None = None) -> Student:
         """Read a folder or a Hub model (safetensors only; no code from it is run), onto the GPU if there is one.
 
         Raises:
@@ -92,7 +104,7 @@ class Student:
             model = model.to(device)
         has_tokenizer = not Path(path).is_dir() or any(Path(path).glob("tokenizer*"))
         tokenizer = AutoTokenizer.from_pretrained(path, **options) if has_tokenizer else None
-        return cls(model, config, tokenizer=tokenizer)
+        return cls(model, config, tokenizer=tokenizer, ranks=ranks)
 
     @property
     def _causal_lm(self) -> Any:
@@ -147,6 +159,10 @@ class Student:
             OutOfMemory: before the update; saying what to set.
             ValueError: a trained token has no score; naming the episode.
         """
+        with self.ranks.call("train_step", episodes=episodes, step=step):
+            return self._train_step(episodes, step)
+
+    def _train_step(self, episodes: Sequence[Episode], step: int) -> Metrics:
         began = time.monotonic()
         loss_config = self.config.loss
         advantages = group_advantages(episodes) if loss_config.adv_tau else None
@@ -159,9 +175,10 @@ class Student:
         self._causal_lm.train()
         self.optimizer.zero_grad()
         try:
-            packed = self.padded_because is None
-            for group in split_micro_batches(items, self.config.optim.micro_batch_tokens, packed=packed):
-                loss += self._accumulate(collate(group, packed=packed), num_trained, rows, episodes, step)
+            packed = self.ranks.agree(self.padded_because) is None
+            for group, counts in self.ranks.share(items, self.config.optim.micro_batch_tokens, packed=packed):
+                batch = collate(group, packed=packed)
+                loss += self._accumulate(batch, counts, num_trained, rows, episodes, step)
             grad_norm = self.optimizer.clip()
             if not grad_norm < float("inf"):
                 names = self.optimizer.non_finite()
@@ -176,11 +193,16 @@ class Student:
             raise OutOfMemory(self._what_to_set(max(item.num_inputs for item in items), step)) from error
         except BaseException:
             self.optimizer.zero_grad()
+            self.ranks.reshard(self.rows)
             raise
         finally:
             self._causal_lm.eval()
         lr = self.optimizer.step(step)
         self._has_stepped = True
+        loss = self.ranks.total(loss)
+        rows.gather(self.ranks)
+        if not self.ranks.leads:
+            return {}
         return rows.reduce(episodes) | {
             "loss": loss,
             "grad_norm": grad_norm,
@@ -191,19 +213,25 @@ class Student:
         }
 
     def _accumulate(
-        self, batch: Batch, num_trained: int, rows: StepRows, episodes: Sequence[Episode], step: int
+        self, batch: Batch, counts: bool, num_trained: int, rows: StepRows, episodes: Sequence[Episode], step: int
     ) -> float:
-        """Add one micro-batch to the gradients; returns its part of the loss."""
+        """Add one micro-batch to the gradients; returns its part of the loss. One that does not count adds zeros."""
         loss, metrics_N = self.rows(
             batch, Objective(self.config.loss, num_trained, self._teacher, self.config.rollout.temperature)
         )
-        rows.add(batch, metrics_N)
+        if not counts:
+            loss = loss * 0.0
+        rows.add(batch, metrics_N, counts=counts)
         value = float(loss.detach())
+        problem = None
         if not abs(value) < float("inf"):
             bad_N = ~torch.stack([metrics_N[n] for n in ("teacher_kl", "ratio")]).isfinite().all(0).cpu()
             suspects = batch.episodes_N[bad_N] if bad_N.any() else batch.episodes_N
             ids = [episodes[i].id for i in dict.fromkeys(suspects.tolist())]
-            raise NumericError(f"step {step}: the loss is {value} in {_names(ids)}. The weights are unchanged.")
+            problem = f"step {step}: the loss is {value} in {_names(ids)}. The weights are unchanged."
+        problem = self.ranks.agree(problem)
+        if problem is not None:
+            raise NumericError(problem)
         loss.backward()
         return value
 
@@ -226,7 +254,7 @@ class Student:
 
     def _refuse_no_op(self, rows: StepRows, grad_norm: float, step: int) -> None:
         """A run in which the teacher's signal never reaches the weights looks healthy for hours; say so at once."""
-        largest = rows.largest_kl()
+        largest = self.ranks.largest(rows.largest_kl())
         if grad_norm == 0 and largest > 0 and self.config.loss.teacher_tau:
             raise NumericError(
                 f"step {step}: student and teacher differ by up to {largest:.3g} nats on trained tokens, and yet the "
@@ -241,15 +269,22 @@ class Student:
         """[L] log-probability of each token given those before it, by the present weights; the first is None."""
         if len(ids) < 2:
             return [None] * len(ids)
+        with self.ranks.call("logprobs", ids=list(ids)):
+            return self._logprobs(ids)
+
+    def _logprobs(self, ids: Sequence[int]) -> list[float | None]:
         self._causal_lm.eval()
         ids_L = torch.tensor(list(ids))
         pos_N = torch.arange(len(ids) - 1)
         inputs = Inputs(input_ids_BT=ids_L[None, :-1], seq_N=torch.zeros_like(pos_N), pos_N=pos_N, targets_N=ids_L[1:])
         logprobs_N, _ = self.rows(inputs)
+        self.ranks.reshard(self.rows)
         return [None, *logprobs_N.tolist()]
 
     def serving_copy(self) -> PreTrainedModel:
         """An independent copy of the present model for the engine, adapters merged, in `eval` mode."""
+        if self.ranks.size > 1:
+            return self._whole_copy()
         model = copy.deepcopy(self.model)
         if self.has_lora:
             model = model.merge_and_unload()
@@ -263,8 +298,13 @@ class Student:
     def state_dict_for_serving(self) -> dict[str, torch.Tensor]:
         """All weights by the names of the model itself, adapters merged; of tied weights only the first name.
 
-        Without adapters these are the student's own tensors, not copies: use them before the next step.
+        Without adapters these are the student's own tensors, not copies: use them before the next step. Of several
+        ranks, the leader alone has them, on the CPU.
         """
+        with self.ranks.call("state_dict_for_serving"):
+            return self._weights()
+
+    def _weights(self) -> dict[str, torch.Tensor]:
         weights: dict[str, torch.Tensor] = {}
         deltas = {}
         for name, module in self._causal_lm.named_modules():
@@ -276,8 +316,23 @@ class Student:
             tensor = parameter.detach()
             if name in deltas:
                 tensor = (tensor.float() + deltas[name].float()).to(tensor.dtype)
-            weights[name.replace(".base_layer.", ".")] = tensor
+            weights[name.replace(".base_layer.", ".")] = self.ranks.whole(
+                tensor.to(self._narrow.get(name, tensor.dtype))
+            )
         return weights
+
+    def _whole_copy(self) -> PreTrainedModel:
+        """From the ranks' parts: what is sharded cannot be copied."""
+        from transformers import AutoModelForCausalLM
+
+        weights = self.state_dict_for_serving()
+        dtype = next(iter(weights.values())).dtype
+        config = copy.deepcopy(self._causal_lm.config)
+        options = {"dtype": dtype, "attn_implementation": self.rows.attention}
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **options)
+        odd = model.load_state_dict(weights, strict=False).unexpected_keys  # tied weights are there once
+        assert not odd, odd
+        return model.to(self.device).eval().requires_grad_(False)
 
     @property
     def adapted_modules(self) -> list[str]:
@@ -289,8 +344,13 @@ class Student:
         return sorted({name.rsplit(".", 1)[-1] for name in adapter.target_modules})
 
     def save_weights(self, folder: Path) -> None:
-        """Write the present full weights as a model folder that vLLM reloads from."""
-        self._causal_lm.save_pretrained(folder)
+        """Write the present full weights, adapters merged, as a model folder that vLLM reloads from."""
+        weights = self.state_dict_for_serving()
+        if self.ranks.leads:
+            config = copy.copy(self._causal_lm.config)
+            config.dtype = next(iter(weights.values())).dtype
+            self._causal_lm.save_pretrained(folder, state_dict=weights)
+            config.save_pretrained(folder)  # again: the line before wrote the dtype of the masters
 
     def save_adapter(self, folder: Path) -> None:
         """Write the present adapter in PEFT's format, which vLLM's `/v1/load_lora_adapter` reads.
@@ -300,21 +360,37 @@ class Student:
         """
         if not self.has_lora:
             raise ValueError("this student is trained whole: it has no adapter to save")
-        self.model.save_pretrained(folder, save_embedding_layers=False)
+        with self.ranks.call("save_adapter"):
+            adapter = {f"base_model.model.{n}": self.ranks.whole(p.detach()) for n, p in self.parameters.items()}
+        if self.ranks.leads:
+            self.model.save_pretrained(folder, state_dict=adapter, save_embedding_layers=False)
 
     # --- checkpoints
 
     def save(self, folder: Path) -> None:
         """Write `model/` (opens with `from_pretrained`), `optimizer.safetensors` and, with LoRA, the unmerged
-        `adapter.safetensors`. Of a quantised model, which merging would round, the adapters alone."""
-        if not self.is_quantized:
-            model = self.serving_copy() if self.has_lora else self.model
-            model.save_pretrained(folder / "model")
-            if self.tokenizer is not None:
-                self.tokenizer.save_pretrained(folder / "model")
-        save_file(_contiguous(self.optimizer.state()), folder / "optimizer.safetensors")
-        if self.has_lora:
-            save_file(_contiguous(self.parameters), folder / "adapter.safetensors")
+        `adapter.safetensors`. Of a quantised model, which merging would round, the adapters alone. One rank and several
+        write the same files."""
+        with self.ranks.call("save"):
+            if not self.is_quantized:
+                self.save_weights(folder / "model")
+                if self.tokenizer is not None and self.ranks.leads:
+                    self.tokenizer.save_pretrained(folder / "model")
+            self._save_tensors(self.optimizer.state(), folder / "optimizer.safetensors")
+            if self.has_lora:
+                self._save_tensors(self.parameters, folder / "adapter.safetensors")
+
+    def _save_tensors(self, tensors: Mapping[str, torch.Tensor], file: Path) -> None:
+        whole = {name: self.ranks.whole(tensor.detach()).contiguous() for name, tensor in tensors.items()}
+        if self.ranks.leads:
+            save_file(whole, file)
+
+    def rng_states(self) -> list[dict[str, Any]]:
+        """The random number generators of each rank."""
+        from distill.checkpoint import rng_state
+
+        with self.ranks.call("rng_states"):
+            return self.ranks.each(rng_state())
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue as if the run had never stopped: weights, optimiser, random number generators.
@@ -324,12 +400,14 @@ class Student:
         """
         from distill.checkpoint import CheckpointError
 
-        self.restore_weights(checkpoint)
-        try:
-            self.optimizer.load_state(load_file(checkpoint.path / "optimizer.safetensors"))
-        except (ValueError, OSError) as error:
-            raise CheckpointError(f"{checkpoint.path} does not fit this student: {error}") from error
-        checkpoint.restore_rng()
+        path = checkpoint.path / "optimizer.safetensors"
+        with self.ranks.call("restore", path=str(checkpoint.path), rng=checkpoint.rng):
+            self.restore_weights(checkpoint)
+            try:
+                self.optimizer.load_state(self.ranks.read(lambda: load_file(path)), self.ranks.place)
+            except (ValueError, OSError) as error:
+                raise CheckpointError(f"{checkpoint.path} does not fit this student: {error}") from error
+            checkpoint.restore_rng(self.ranks.rank)
 
     def restore_weights(self, checkpoint: Checkpoint) -> None:
         """The weights alone: nothing to train on with.
@@ -337,28 +415,23 @@ class Student:
         Raises:
             CheckpointError: it belongs to another model or another `student` configuration.
         """
-        from transformers import AutoModelForCausalLM
-
         from distill.checkpoint import CheckpointError
 
-        try:
-            if self.has_lora:
-                self._load_adapter(load_file(checkpoint.path / "adapter.safetensors"))
-            else:
-                dtype = next(iter(self.parameters.values())).dtype
-                saved = AutoModelForCausalLM.from_pretrained(
-                    checkpoint.path / "model", dtype=dtype, use_safetensors=True
-                )
-                _same_shapes(saved.state_dict(), self._causal_lm.state_dict())
-                self._causal_lm.load_state_dict(saved.state_dict())
-        except (ValueError, RuntimeError, OSError) as error:
-            raise CheckpointError(f"{checkpoint.path} does not fit this student: {error}") from error
+        path = checkpoint.path
+        with self.ranks.call("restore_weights", path=str(path)):
+            try:
+                if self.has_lora:
+                    self._load(self.ranks.read(lambda: load_file(path / "adapter.safetensors")), self.parameters)
+                else:
+                    self._load(self.ranks.read(lambda: _weights_in(path / "model")), self._causal_lm.state_dict())
+            except (ValueError, RuntimeError, OSError) as error:
+                raise CheckpointError(f"{path} does not fit this student: {error}") from error
 
     @torch.no_grad()
-    def _load_adapter(self, tensors: dict[str, torch.Tensor]) -> None:
-        _same_shapes(tensors, self.parameters)
-        for name, tensor in tensors.items():
-            self.parameters[name].copy_(tensor)
+    def _load(self, saved: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> None:
+        _same_shapes(saved, own)
+        for name, tensor in own.items():
+            tensor.copy_(self.ranks.place(saved[name], tensor))
 
 
 def _dtype(name: str, device: str) -> torch.dtype:
@@ -437,8 +510,12 @@ def _same_shapes(saved: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tens
             raise ValueError(f"{name!r} has shape {list(tensor.shape)} there, {list(own[name].shape)} here")
 
 
-def _contiguous(tensors: dict[str, Any]) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+def _weights_in(folder: Path) -> dict[str, torch.Tensor]:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True)
+    weights: dict[str, torch.Tensor] = model.state_dict()
+    return weights
 
 
 def _names(names: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ import torch
 
 from agent_loop.types import Episode, TokenClass
 from distill.metrics import Metrics
+from distill.ranks import Ranks
 from distill.types import Batch
 
 
@@ -19,19 +20,26 @@ class StepRows:
     def __init__(self) -> None:
         self._parts: list[dict[str, np.ndarray]] = []
 
-    def add(self, batch: Batch, metrics_N: dict[str, torch.Tensor]) -> None:
-        """Rows of one micro-batch, with what `reverse_kl_loss` said of them."""
+    def add(self, batch: Batch, metrics_N: dict[str, torch.Tensor], *, counts: bool = True) -> None:
+        """Rows of one micro-batch, with what `reverse_kl_loss` said of them; their names alone unless it counts."""
         part = {name: values.detach().cpu().double().numpy() for name, values in metrics_N.items()}
         part |= {
             "turn": batch.turns_N.numpy(),
             "class": batch.classes_N.numpy(),
             "episode": batch.episodes_N.numpy(),
         }
-        self._parts.append(part)
+        self._parts.append(part if counts else {name: values[:0] for name, values in part.items()})
+
+    def gather(self, ranks: Ranks) -> None:
+        """Put the rows of all ranks together, on the leader."""
+        names = list(self._parts[0])
+        table_MN = np.stack([np.concatenate([part[name] for part in self._parts]) for name in names]).astype(np.float64)
+        rows_MN = ranks.gather(table_MN)
+        self._parts = [dict(zip(names, rows_MN, strict=True))]
 
     def largest_kl(self) -> float:
         """Largest absolute difference of student's and teacher's log-probability of a trained token, in nats."""
-        return max(float(np.abs(part["teacher_kl"]).max()) for part in self._parts)
+        return max(float(np.abs(part["teacher_kl"]).max(initial=0.0)) for part in self._parts)
 
     def reduce(self, episodes: Sequence[Episode]) -> Metrics:
         """Means and percentiles over all rows; None where a number overflows."""
@@ -59,13 +67,13 @@ class StepRows:
         if "advantage_clipped" in rows:
             metrics["advantage/clipped"] = rows["advantage_clipped"].mean()
         for turn in np.unique(rows["turn"]):
-            metrics[f"teacher_kl/turn_{turn}"] = kl[rows["turn"] == turn].mean()
+            metrics[f"teacher_kl/turn_{turn:.0f}"] = kl[rows["turn"] == turn].mean()
         for index, token_class in enumerate(TokenClass):
             of_class = kl[rows["class"] == index]
             if len(of_class):
                 metrics[f"teacher_kl/{token_class.value}"] = of_class.mean()
         datasets = np.array([str(e.task.metadata.get("dataset") or e.env_id) for e in episodes])
-        row_datasets = datasets[rows["episode"]]
+        row_datasets = datasets[rows["episode"].astype(np.int64)]
         for dataset in np.unique(row_datasets):
             name = f"teacher_kl/{dataset}"
             # A data set called "answer" must not replace the number of the token class.

@@ -172,9 +172,7 @@ def test_generators_of_each_rank(tmp_path: Path) -> None:
     for seed in (1, 2):
         torch.manual_seed(seed)
         states.append(rng_state())
-    save_checkpoint(tmp_path, 1, make_student(), cursor=0, keep_last=1, rng=states)
-    checkpoint = find_latest(tmp_path)
-    assert checkpoint is not None
+    checkpoint = Checkpoint(path=tmp_path, step=1, cursor=0, rng=states)
     for rank, seed in ((0, 1), (1, 2)):
         wanted = torch.rand(3, generator=torch.Generator().manual_seed(seed))
         checkpoint.restore_rng(rank)
