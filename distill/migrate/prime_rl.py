@@ -165,7 +165,7 @@ RULES: dict[str, Rule] = {
     "trainer.model.ac": to("student.gradient_checkpointing", lambda value: True),
     "trainer.model.ac.*": to("student.gradient_checkpointing", lambda value: True, "all layers"),
     "trainer.model.trust_remote_code": only(False, "nothing runs a model's own code here", _TRUST),
-    "trainer.model.*": drop("one process trains on one GPU; weights in bfloat16 have float32 masters"),
+    "trainer.model.*": drop("FSDP2, without settings; weights in bfloat16 have float32 masters"),
     "weight_broadcast.type": to("student.weight_sync", one_of(filesystem="disk", nccl="nccl")),
     "trainer.weight_broadcast.type": to("student.weight_sync", one_of(filesystem="disk", nccl="nccl")),
     "orchestrator.weight_broadcast.type": to("student.weight_sync", one_of(filesystem="disk", nccl="nccl")),
@@ -338,4 +338,6 @@ def _trainer(draft: Draft) -> None:
     if len(gpus) == 1:
         draft.drop(given, f"the trainer takes the first GPU that it sees: CUDA_VISIBLE_DEVICES={gpus[0]} python -m ...")
     else:
-        draft.refuse(given, f"one GPU trains: CUDA_VISIBLE_DEVICES={gpus[0] if gpus else 0} python -m distill.run ...")
+        visible = f"CUDA_VISIBLE_DEVICES={','.join(map(str, gpus))}"
+        launcher = f"python -m torch.distributed.run --standalone --nproc-per-node {len(gpus)} -m distill.run ..."
+        draft.drop(given, f"the launcher's: {visible} {launcher} (docs/concepts.md)")

@@ -22,7 +22,8 @@ from distill.migrate.draft import (
 ACTOR = "actor_rollout_ref.actor"
 ROLLOUT = "actor_rollout_ref.rollout"
 _PACKING = "batches are cut by tokens, optim.micro_batch_tokens; no result depends on it"
-_ONE_PROCESS = "one process trains; no Ray, FSDP or Megatron"
+_LAUNCH = "FSDP2, without settings; several GPUs by the launcher: python -m torch.distributed.run (docs/concepts.md)"
+_RAY = "the trainer is not on Ray; rollout workers can be: rollout.executor, [rollout.ray]"
 _NO_CRITIC = "no critic: the signal is the teacher's, token by token"
 _REWARDS = "rewards are not trained on: loss.adv_tau is 0"
 _LOGS = "metrics.jsonl, curves and episodes are written in any case"
@@ -53,7 +54,7 @@ RULES: dict[str, Rule] = {
     "actor_rollout_ref.model.lora_rank": later,
     "actor_rollout_ref.model.lora_alpha": later,
     "actor_rollout_ref.model.target_modules": later,
-    "actor_rollout_ref.model.*": drop(_ONE_PROCESS),
+    "actor_rollout_ref.model.*": drop(_LAUNCH),
     # data
     "data.train_files": later,
     "data.val_files": later,
@@ -92,9 +93,9 @@ RULES: dict[str, Rule] = {
     f"{ACTOR}.optim.warmup_style": _SCHEDULE,
     f"{ACTOR}.optim.lr_scheduler_type": _SCHEDULE,
     f"{ACTOR}.optim.total_training_steps": drop("steps is what counts"),
-    f"{ACTOR}.*": drop(_ONE_PROCESS),
+    f"{ACTOR}.*": drop(_LAUNCH),
     "actor_rollout_ref.ref.*": drop(_PACKING),
-    "actor_rollout_ref.hybrid_engine": drop(_ONE_PROCESS),
+    "actor_rollout_ref.hybrid_engine": drop(_LAUNCH),
     "distillation.enabled": later,
     "distillation.distillation_loss.loss_mode": later,
     "distillation.distillation_loss.topk": later,
@@ -161,16 +162,16 @@ RULES: dict[str, Rule] = {
     "trainer.experiment_name": to("run_id", text),
     "trainer.project_name": drop(_LOGS),
     "trainer.logger": drop(f"no such setting; {_LOGS}"),
-    "trainer.n_gpus_per_node": drop("one GPU trains; servers take theirs: student.server.gpus, teacher.server.gpus"),
-    "trainer.nnodes": only(
-        1, "one machine", "one machine trains; servers elsewhere: student.base_url, teacher.base_url"
+    "trainer.n_gpus_per_node": drop(
+        "the launcher's --nproc-per-node (docs/concepts.md); servers: student.server.gpus, teacher.server.gpus"
     ),
+    "trainer.nnodes": drop("the launcher's --nnodes (docs/concepts.md)"),
     "trainer.resume_mode": drop("a run goes on with --resume RUN"),
-    "trainer.*": drop(_ONE_PROCESS),
-    "ray_init.*": drop(_ONE_PROCESS),
-    "ray_kwargs.*": drop(_ONE_PROCESS),
-    "global_profiler.*": drop(_ONE_PROCESS),
-    "transfer_queue.*": drop(_ONE_PROCESS),
+    "trainer.*": drop(_LAUNCH),
+    "ray_init.*": drop(_RAY),
+    "ray_kwargs.*": drop(_RAY),
+    "global_profiler.*": drop(_LOGS),
+    "transfer_queue.*": drop(_RAY),
 }
 
 KL_TYPES = {

@@ -259,7 +259,7 @@ def test_prime_rl_counts_episodes_and_we_count_tasks(place: Path) -> None:
         ("[[orchestrator.env]]\nid = 'wordle'", "orchestrator.env", "impossible", "(wordle)"),
         ("[orchestrator.buffer]\neasy_threshold = 0.9", "orchestrator.buffer.easy_threshold", "impossible", "no such"),
         ("trainer_gpu_ids = [1]", "trainer_gpu_ids", "dropped", "CUDA_VISIBLE_DEVICES=1"),
-        ("trainer_gpu_ids = [0, 1]", "trainer_gpu_ids", "impossible", "one GPU"),
+        ("trainer_gpu_ids = [0, 1]", "trainer_gpu_ids", "dropped", "--nproc-per-node 2"),
         ("teacher_gpu_idz = [1]\nmax_steps = 1", "teacher_gpu_idz", "not known", "did you mean teacher_gpu_ids?"),
         ("max_steps = 1\nquantum = true", "quantum", "not known", "no key"),
         ("[orchestrator.algo]\ntype = 'grpo'", "orchestrator.algo.type", "impossible", "no teacher"),
