@@ -19,6 +19,7 @@ FREE_KEYS = (
     "steps",
     "output_dir",
     "max_outage_s",
+    "cost",
     "checkpoint",
     "eval",
     "check",

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from distill.checkpoint import (
     MANIFEST,
+    Checkpoint,
     CheckpointError,
     find_latest,
     open_checkpoint,

@@ -14,7 +14,7 @@ import pytest
 from tests.runs import children
 from tests.runs.conftest import make_workplace
 
-TIMED = ("time/", "tokens_per_s/")
+TIMED = ("time/", "tokens_per_s/", "idle/", "cost/")
 """Metrics that say how long something took."""
 ALONE = {"rollout.max_concurrent": "1", "teacher.max_tokens_in_flight": "1"}
 """One request a forward pass: which requests share one depends on timing, and float32 sums depend on that."""
