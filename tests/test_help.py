@@ -17,6 +17,8 @@ COMMANDS = [
     ("-m", "distill.check"),
     ("-m", "distill.export"),
     ("-m", "distill.config"),
+    ("-m", "distill.import_config"),
+    ("-m", "distill.init"),
     ("-m", "distill.serving.embedded"),
     ("-m", "agent_loop.rollout"),
     ("-m", "agent_loop.view"),
