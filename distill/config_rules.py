@@ -68,11 +68,14 @@ def problems_of(config: RunConfig) -> Iterator[Problem]:
             'is "k3", whose gradient is that of the forward KL, with a large variance (docs/loss.md); it is always a '
             'metric, teacher_kl/k3. Take "k1" or "k2"',
         )
-    for key, default in (("kl_estimator", "k1"), ("surrogate", "importance_sampling")):
-        if loss.type != "sampled" and getattr(loss, key) != default:
+    for option, value, default in (
+        ("kl_estimator", loss.kl_estimator, "k1"),
+        ("surrogate", loss.surrogate, "importance_sampling"),
+    ):
+        if loss.type != "sampled" and value != default:
             yield Problem(
-                (f"loss.{key}", "loss.type"),
-                f'is "{getattr(loss, key)}", which is for the type "sampled"; loss.type is "{loss.type}"',
+                (f"loss.{option}", "loss.type"),
+                f'is "{value}", which is for the type "sampled"; loss.type is "{loss.type}"',
             )
     if loss.kl_estimator == "k2" and loss.surrogate == "ppo":
         yield Problem(("loss.kl_estimator", "loss.surrogate"), 'is "k2", which is no advantage that "ppo" could clip')

@@ -10,8 +10,8 @@ rewards and r = min(exp(s - b), rho) (without gradient), the loss of a row is
 and the loss is the sum over rows divided by the trained tokens of the whole step. On policy, the expected gradient of
 all three is the gradient of KL(student || teacher) at the visited positions, exactly; they differ in variance.
 Options of `sampled`: `kl_estimator = "k2"` has r (s - t)^2 / 2 for the teacher's term, which has the same gradient;
-`surrogate = "ppo"` clips exp(s - b) instead of capping it. `advantage_clip` bounds t - s in the first two, `turn_balance`
-gives the rows weights other than 1, and `entropy_coeff` takes that much of the entropy off.
+`surrogate = "ppo"` clips exp(s - b) instead of capping it. `advantage_clip` bounds t - s in the first two,
+`turn_balance` gives the rows weights other than 1, and `entropy_coeff` takes that much of the entropy off.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ def _kind(draft: Draft) -> None:
         elif entry.value == "importance_sampling":
             draft.map(entry, "loss.type", "sampled", "the ratio is capped at loss.rho")
         elif entry.value == "ppo":
-            draft.map(entry, "loss.type", "sampled", "one update a batch, on policy: PPO's clip would cut nothing")
+            draft.map(entry, "loss.surrogate", "ppo", "on policy, with one update a batch, the clip cuts nothing")
         else:
             draft.refuse(entry, "there are ppo and importance_sampling")
     if kind is None:

@@ -60,7 +60,7 @@ def _loss(draft: Draft) -> None:
             continue
         kind = entry.value.removesuffix("+") if isinstance(entry.value, str) else None
         if kind in ("mse", "k2"):
-            draft.map(entry, "loss.type", "sampled", "k2's gradient on average is that of the reverse KL: the same")
+            draft.map(entry, "loss.kl_estimator", "k2", "its gradient is that of the reverse KL")
         elif kind is not None and kind in KL_TYPES:
             draft.add("loss.type", "sampled", f"for {key} = {shown(entry.value)}")
             draft.refuse(entry, KL_TYPES[kind])

@@ -28,7 +28,7 @@ _NO_CRITIC = "no critic: the signal is the teacher's, token by token"
 _REWARDS = "rewards are not trained on: loss.adv_tau is 0"
 _LOGS = "metrics.jsonl, curves and episodes are written in any case"
 _TRUST = "never: a model's own code is not run; take a model that transformers knows"
-_NO_CLIP = "no clip: the ratio is capped at loss.rho, and one update a batch is on policy (docs/loss.md)"
+_NO_CLIP = "the ratio is capped at loss.rho instead; loss.surrogate = ppo clips, by loss.clip_low and clip_high"
 
 
 def _top_k(value: Any) -> int:
@@ -72,8 +72,8 @@ RULES: dict[str, Rule] = {
     f"{ACTOR}.use_kl_loss": only(True, "the KL is the loss", "then there is no distillation: loss.teacher_tau = 0"),
     f"{ACTOR}.kl_loss_coef": to("loss.teacher_tau", number),
     f"{ACTOR}.kl_loss_type": later,
-    f"{ACTOR}.entropy_coeff": only(0, "0 is none", "no such setting: it would pull away from the teacher"),
-    f"{ACTOR}.ppo_epochs": only(1, "one pass over a batch, as here", "no such setting: each batch is used once"),
+    f"{ACTOR}.entropy_coeff": to("loss.entropy_coeff", number),
+    f"{ACTOR}.ppo_epochs": to("optim.epochs", integer, "updates from the same episodes"),
     f"{ACTOR}.ppo_mini_batch_size": later,
     f"{ACTOR}.ppo_max_token_len_per_gpu": to("optim.micro_batch_tokens", integer),
     f"{ACTOR}.ppo_micro_batch_size": drop(_PACKING),
