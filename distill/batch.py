@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean, pstdev
+from typing import Literal
 
 import numpy as np
 import torch
@@ -75,9 +77,12 @@ def _tokens_by_turn(trace: TokenTrace) -> Counter[int]:
     return counts
 
 
-def group_advantages(episodes: Sequence[Episode]) -> list[float]:
-    """Reward minus the mean reward of the task's episodes in this step; no division by a deviation, which would
-    weigh tasks by how unsure the student is (Dr. GRPO, arXiv 2503.20783).
+def group_advantages(episodes: Sequence[Episode], norm: Literal["mean", "std"] = "mean") -> list[float]:
+    """Reward minus the mean reward of the task's episodes in this step.
+
+    Args:
+        norm: `mean`: that. `std`: over the group's standard deviation (GRPO, arXiv 2402.03300, equation 3 ff.), which
+            weighs tasks by how sure the student is (Dr. GRPO, arXiv 2503.20783); 0 in a group of equal rewards.
 
     Raises:
         ValueError: an episode without a reward.
@@ -89,8 +94,12 @@ def group_advantages(episodes: Sequence[Episode]) -> list[float]:
                 f"episode {episode.id!r} has no reward, but loss.adv_tau is not 0; set skip_verification = false"
             )
         groups.setdefault(episode.task.id, []).append(episode.reward)
-    means = {task: sum(rewards) / len(rewards) for task, rewards in groups.items()}
-    return [(e.reward or 0.0) - means[e.task.id] for e in episodes]
+    means = {task: fmean(rewards) for task, rewards in groups.items()}
+    scales = {task: pstdev(rewards) if norm == "std" else 1.0 for task, rewards in groups.items()}
+    return [
+        ((e.reward or 0.0) - means[e.task.id]) / scales[e.task.id] if scales[e.task.id] > 1e-6 else 0.0
+        for e in episodes
+    ]
 
 
 def split_micro_batches(items: Sequence[TrainItem], max_tokens: int, *, packed: bool) -> list[list[TrainItem]]:

@@ -308,6 +308,21 @@ class LossConfig(Section):
     a teacher that scores given ids (vLLM on a GPU)."""
     rho: Annotated[float, Field(ge=1, le=1000)] = 2.0
     """Cap of the importance ratio between the trainer's and the sampler's probability of a token."""
+    surrogate: Literal["importance_sampling", "ppo"] = "importance_sampling"
+    """How old tokens count. importance_sampling: by the truncated ratio (`rho`). ppo: the clipped ratio of PPO (arXiv
+    1707.06347), which zeroes the gradient of tokens that moved too far; the type `sampled` alone."""
+    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """`ppo`: the ratio counts down to 1 - clip_low."""
+    clip_high: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.2
+    """`ppo`: the ratio counts up to 1 + clip_high."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    """Sample estimator that the type `sampled` descends. k1 (the log-ratio, by REINFORCE) and k2 (its square, by
+    backpropagation) have the reverse KL's gradient; k3 has the forward KL's and is refused (docs/loss.md)."""
+    entropy_coeff: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """Weight of an entropy bonus; above 0 it is no longer the reverse KL alone that is descended."""
+    adv_norm: Literal["mean", "std"] = "mean"
+    """Advantage of an episode in its task's group: reward minus the mean (Dr. GRPO, arXiv 2503.20783), or that over
+    the standard deviation (GRPO, arXiv 2402.03300)."""
     turn_balance: Fraction = 0.0
     """0: every trained token weighs the same, so long turns weigh more. 1: every turn weighs the same (TurnOPD, arXiv
     2607.05804). Between: a mixture."""
@@ -332,6 +347,8 @@ class OptimConfig(Section):
     """Steps over which the learning rate rises from 0 to `lr`."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate after the warm-up; linear and cosine fall to 0 at the last step."""
+    epochs: Count = 1
+    """Updates from the same episodes; from the second on the ratio to the sampler's probabilities corrects them."""
     max_grad_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Gradients are scaled down to this L2 norm where theirs is larger."""
     micro_batch_tokens: Count = 16_384

@@ -43,7 +43,7 @@ def problems_of(config: RunConfig) -> Iterator[Problem]:
     """What cannot hold together."""
     student, teacher, rollout, loss = config.student, config.teacher, config.rollout, config.loss
     in_process = teacher.base_url is None and teacher.server is None and not teacher.on_student_server
-    if teacher.model is None and teacher.system_prompt is None and in_process:
+    if teacher.model is None and teacher.system_prompt is None and in_process and loss.teacher_tau:
         yield Problem(
             ("teacher.model", "teacher.system_prompt", "teacher.base_url"),
             "not given, so the teacher would be the student itself and teach nothing; name a model, or give "
@@ -62,6 +62,25 @@ def problems_of(config: RunConfig) -> Iterator[Problem]:
         )
     if loss.candidates == "student" and loss.type != "topk":
         yield Problem(("loss.candidates", "loss.type"), f'is "student", but loss.type "{loss.type}" has no candidates')
+    if loss.kl_estimator == "k3":
+        yield Problem(
+            ("loss.kl_estimator",),
+            'is "k3", whose gradient is that of the forward KL, with a large variance (docs/loss.md); it is always a '
+            'metric, teacher_kl/k3. Take "k1" or "k2"',
+        )
+    for option, value, default in (
+        ("kl_estimator", loss.kl_estimator, "k1"),
+        ("surrogate", loss.surrogate, "importance_sampling"),
+    ):
+        if loss.type != "sampled" and value != default:
+            yield Problem(
+                (f"loss.{option}", "loss.type"),
+                f'is "{value}", which is for the type "sampled"; loss.type is "{loss.type}"',
+            )
+    if loss.kl_estimator == "k2" and loss.surrogate == "ppo":
+        yield Problem(("loss.kl_estimator", "loss.surrogate"), 'is "k2", which is no advantage that "ppo" could clip')
+    if loss.kl_estimator == "k2" and loss.advantage_clip is not None:
+        yield Problem(("loss.advantage_clip", "loss.kl_estimator"), 'bounds the advantage of "k1"; "k2" has none')
     if loss.advantage_clip is not None and loss.type == "full":
         yield Problem(
             ("loss.advantage_clip", "loss.type"),
@@ -213,10 +232,12 @@ def notes_of(config: RunConfig) -> Iterator[str]:
         )
     if config.loss.type != "topk" and config.teacher.top_k:
         yield f'teacher.top_k is {config.teacher.top_k}, but loss.type "{config.loss.type}" does not use the candidates'
+    if config.optim.epochs > 1 and config.loss.surrogate == "importance_sampling" and config.loss.rho > 5:
+        yield f"optim.epochs is {config.optim.epochs} with loss.rho {config.loss.rho}: ratios grow with each epoch"
     if config.loss.adv_tau > 0 and rollout.group_size == 1:
         yield "loss.adv_tau is above 0 with rollout.group_size 1: an advantage within a group of one is always 0"
     own = config.teacher.model == config.student.model or (config.teacher.model is None and not config.teacher.base_url)
-    if own and config.teacher.system_prompt is None:
+    if own and config.teacher.system_prompt is None and config.loss.teacher_tau:
         yield "teacher.model is the student's own and has no system_prompt: the KL is 0 and nothing is learnt"
     lora, server = config.student.lora, config.student.server
     if (

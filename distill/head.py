@@ -7,7 +7,8 @@ student's probabilities,
 
     dL/dlogit_v = G_v - p_v sum_u G_u
 
-`sampled` and `topk` have G at the target and the K candidates only, `full` has in addition k p_v (d_v - KL) with k the
+An entropy H with gradient h adds -h p_v (log p_v + H). `sampled` and `topk` have G at the target and the K candidates
+only, `full` has in addition k p_v (d_v - KL) with k the
 gradient with respect to the KL of the row and d_v = log p_v - log p_teacher(v). What k and G are is not said here:
 autograd finds them on `loss.row_losses`.
 
@@ -74,6 +75,8 @@ def head_loss(
         ValueError: as `reverse_kl_loss`.
     """
     check_denominator(num_trained_step, len(features_NH))
+    if config.type == "full" and config.entropy_coeff:
+        raise ValueError('head_loss: the entropy of "full" has no gradient here; take reverse_kl_loss')
     inputs = (features_NH, head.weight, head.bias)
     wanted = [torch.is_grad_enabled() and i is not None and i.requires_grad for i in inputs]
     with torch.no_grad():
@@ -163,7 +166,8 @@ class _Walk:
         else:
             entropy_N = -logprobs_NV.mul_(p_NV).sum(-1)  # in place; `vecdot` makes a third block
 
-        leaves = [leaf.requires_grad_() for leaf in (s_N, candidates_NK, kl_N) if leaf is not None]
+        entropies = [entropy_N] if self._config.entropy_coeff else []
+        leaves = [leaf.requires_grad_() for leaf in (s_N, candidates_NK, kl_N, *entropies) if leaf is not None]
         student = StudentRows(
             s_N=s_N, candidates_NK=candidates_NK, kl_N=kl_N, entropy_N=entropy_N, tempered_N=tempered_N
         )
@@ -175,8 +179,14 @@ class _Walk:
         if not self._wants_any:
             return
         by_s_N, *by_others = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+        by_entropy_N = by_others.pop() if entropies else None
         if kl_N is None:
-            torch.mul(p_NV, -(by_s_N + sum(g_NK.sum(-1) for g_NK in by_others))[:, None], out=logits_NV)
+            by_p_N = -(by_s_N + sum(g_NK.sum(-1) for g_NK in by_others))
+            if by_entropy_N is None:
+                torch.mul(p_NV, by_p_N[:, None], out=logits_NV)
+            else:  # dH/dz_v = -p_v (log p_v + H); the block holds p log p
+                torch.mul(p_NV, (by_p_N - by_entropy_N * entropy_N.detach())[:, None], out=logits_NV)
+                logits_NV.sub_(logprobs_NV.mul_(by_entropy_N[:, None]))
         else:
             d_NV.sub_(kl_N.detach()[:, None]).mul_(by_others[0][:, None]).sub_(by_s_N[:, None])
             torch.mul(p_NV, d_NV, out=logits_NV)

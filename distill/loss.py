@@ -9,7 +9,9 @@ rewards and r = min(exp(s - b), rho) (without gradient), the loss of a row is
 
 and the loss is the sum over rows divided by the trained tokens of the whole step. On policy, the expected gradient of
 all three is the gradient of KL(student || teacher) at the visited positions, exactly; they differ in variance.
-`advantage_clip` bounds t - s in the first two, and `turn_balance` gives the rows weights other than 1.
+Options of `sampled`: `kl_estimator = "k2"` has r (s - t)^2 / 2 for the teacher's term, which has the same gradient;
+`surrogate = "ppo"` clips exp(s - b) instead of capping it. `advantage_clip` bounds t - s in the first two,
+`turn_balance` gives the rows weights other than 1, and `entropy_coeff` takes that much of the entropy off.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ MAX_HEAD_MASS = 1 - 1e-6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudentRows:
-    """All that a loss reads of the student's distributions; the last two without gradient, for metrics."""
+    """All that a loss reads of the student's distributions."""
 
     s_N: torch.Tensor
     """log p_student of the target."""
@@ -36,8 +38,9 @@ class StudentRows:
     kl_N: torch.Tensor | None = None
     """The exact reverse KL, for `full`."""
     entropy_N: torch.Tensor
+    """With gradient where `entropy_coeff` is above 0."""
     tempered_N: torch.Tensor
-    """log p_student of the target at the sampling temperature; `s_N` where that is 1."""
+    """log p_student of the target at the sampling temperature, without gradient; `s_N` where that is 1."""
 
 
 def reverse_kl_loss(
@@ -77,8 +80,9 @@ def reverse_kl_loss(
         difference_NV = logprobs_NV - teacher_rows(teacher_logprobs_NV, logprobs_NV)
         kl_N = (logprobs_NV.exp() * difference_NV).sum(-1)
     targets_N = batch.targets_N.to(logprobs_NV.device)
-    with torch.no_grad():
+    with torch.set_grad_enabled(torch.is_grad_enabled() and config.entropy_coeff > 0):
         entropy_N = -(logprobs_NV.exp() * logprobs_NV).sum(-1)
+    with torch.no_grad():
         tempered_N = at_temperature(logprobs_NV, targets_N, temperature)
     student = StudentRows(
         s_N=logprobs_NV.gather(-1, targets_N[:, None]).squeeze(-1),
@@ -105,20 +109,41 @@ def row_losses(student: StudentRows, batch: Batch, config: LossConfig) -> tuple[
         raw_ratio_N = (s_N - b_N).exp()
         r_N = raw_ratio_N.clamp(max=config.rho)
     clip = float("inf") if config.advantage_clip is None else config.advantage_clip
-    if config.type == "sampled":
-        teacher_N = -r_N * (t_N - s_N).detach().clamp(-clip, clip) * s_N
-    elif config.type == "topk":
-        teacher_N = _topk_rows(student, t_N, r_N, batch, clip)
-    else:
-        assert student.kl_N is not None
-        teacher_N = student.kl_N
-    rows_N = config.teacher_tau * teacher_N
-    if config.adv_tau:
-        rows_N = rows_N - r_N * config.adv_tau * batch.advantages_N.to(s_N) * s_N
     metrics_N = _row_metrics(student, t_N, b_N, raw_ratio_N, config.rho)
+    if config.surrogate == "ppo":
+        advantage_N = config.teacher_tau * (t_N - s_N).detach().clamp(-clip, clip)
+        if config.adv_tau:
+            advantage_N = advantage_N + config.adv_tau * batch.advantages_N.to(s_N)
+        rows_N, metrics_N["clipped"] = _ppo_rows(s_N, b_N, advantage_N, config)
+        metrics_N["ratio"] = raw_ratio_N
+    else:
+        if config.type == "topk":
+            teacher_N = _topk_rows(student, t_N, r_N, batch, clip)
+        elif config.type == "full":
+            assert student.kl_N is not None
+            teacher_N = student.kl_N
+        elif config.kl_estimator == "k2":
+            teacher_N = r_N * (s_N - t_N).square() / 2
+        else:
+            teacher_N = -r_N * (t_N - s_N).detach().clamp(-clip, clip) * s_N
+        rows_N = config.teacher_tau * teacher_N
+        if config.adv_tau:
+            rows_N = rows_N - r_N * config.adv_tau * batch.advantages_N.to(s_N) * s_N
+    if config.entropy_coeff:
+        rows_N = rows_N - config.entropy_coeff * student.entropy_N
     if config.advantage_clip is not None:
         metrics_N["advantage_clipped"] = ((s_N - t_N).detach().abs() > clip).to(s_N.dtype)
     return batch.weights_N.to(s_N) * rows_N, metrics_N
+
+
+def _ppo_rows(
+    s_N: torch.Tensor, b_N: torch.Tensor, advantage_N: torch.Tensor, config: LossConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """-min(q A, clip(q) A) with q = exp(s - b): PPO, arXiv 1707.06347, equation 7; and 1 where the clip acted."""
+    q_N = (s_N - b_N).exp()
+    free_N = q_N * advantage_N
+    clipped_N = q_N.clamp(1 - config.clip_low, 1 + config.clip_high) * advantage_N
+    return -torch.minimum(free_N, clipped_N), (clipped_N < free_N).detach().to(s_N.dtype)
 
 
 def _topk_rows(student: StudentRows, t_N: torch.Tensor, r_N: torch.Tensor, batch: Batch, clip: float) -> torch.Tensor:
@@ -157,7 +182,7 @@ def _row_metrics(
         "teacher_kl": kl_N,
         "k2": kl_N.square() / 2,
         "k3": torch.expm1(-kl_N) + kl_N,
-        "entropy": student.entropy_N,
+        "entropy": student.entropy_N.detach(),
         "ratio": raw_ratio_N.clamp(max=rho),
         "clipped": (raw_ratio_N > rho).to(kl_N.dtype),
         "mismatch": student.tempered_N - b_N,

@@ -116,7 +116,8 @@ class RowModel(nn.Module):
         config, num_trained = objective.config, objective.num_trained_step
         teacher = None if teacher_NH is None else teacher_of
         # Exactly this class: adapters, quantised and sharded layers are others, and multiply in ways of their own.
-        if self._plain and type(self._head) is nn.Linear:
+        fused = not (config.type == "full" and config.entropy_coeff)
+        if self._plain and fused and type(self._head) is nn.Linear:
             output = head_loss(features_NH, self._head, batch, config, num_trained, teacher, objective.temperature)
             return output.loss, output.metrics_N
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from agent_loop.types import Episode
-from distill.batch import collate, group_advantages, items_of
+from distill.batch import TrainItem, collate, group_advantages, items_of
 from distill.config import RunConfig
 from distill.metrics import Metrics
 from distill.optim import Optimizer
@@ -143,7 +143,7 @@ class Student:
     # --- one step
 
     def train_step(self, episodes: Sequence[Episode], *, step: int) -> Metrics:
-        """Forward and backward over all trained tokens, in micro-batches, then one update.
+        """Forward and backward over all trained tokens, in micro-batches, then one update; `optim.epochs` times.
 
         The loss is divided by the trained tokens of all episodes, so that the split into micro-batches changes
         nothing but the order of floating-point sums.
@@ -156,8 +156,8 @@ class Student:
             The metrics of docs/metrics.md that concern training.
 
         Raises:
-            NumericError: before the update; naming episodes.
-            OutOfMemory: before the update; saying what to set.
+            NumericError: before the update that it refuses; naming episodes.
+            OutOfMemory: before that update; saying what to set.
             ValueError: a trained token has no score; naming the episode.
         """
         with self.ranks.call("train_step", episodes=episodes, step=step):
@@ -166,11 +166,32 @@ class Student:
     def _train_step(self, episodes: Sequence[Episode], step: int) -> Metrics:
         began = time.monotonic()
         loss_config = self.config.loss
-        advantages = group_advantages(episodes) if loss_config.adv_tau else None
+        advantages = group_advantages(episodes, loss_config.adv_norm) if loss_config.adv_tau else None
         items = items_of(episodes, advantages, turn_balance=loss_config.turn_balance)
         num_trained = sum(item.trace.num_trained for item in items)
         if not num_trained:
             raise NumericError(f"step {step}: no trained token in {_names([e.id for e in episodes])}")
+        updates = [self._update(items, num_trained, episodes, step) for _ in range(self.config.optim.epochs)]
+        if not self.ranks.leads:
+            return {}
+        rows, metrics = updates[0]
+        if len(updates) > 1:
+            last = updates[-1][0].reduce(episodes)
+            metrics |= {f"last_epoch/{name}": last[name] for name in ("teacher_kl", "ratio", "ratio/clipped")}
+        return (
+            rows.reduce(episodes)
+            | metrics
+            | {
+                "train/tokens": num_trained,
+                "train/episodes": len({item.episode_index for item in items}),
+                "tokens_per_s/train": num_trained / max(time.monotonic() - began, 1e-9),
+            }
+        )
+
+    def _update(
+        self, items: Sequence[TrainItem], num_trained: int, episodes: Sequence[Episode], step: int
+    ) -> tuple[StepRows, Metrics]:
+        """One forward and backward over everything, and one step of the optimiser; the rows are those of before it."""
         rows = StepRows()
         loss = 0.0
         self._causal_lm.train()
@@ -200,18 +221,8 @@ class Student:
             self._causal_lm.eval()
         lr = self.optimizer.step(step)
         self._has_stepped = True
-        loss = self.ranks.total(loss)
         rows.gather(self.ranks)
-        if not self.ranks.leads:
-            return {}
-        return rows.reduce(episodes) | {
-            "loss": loss,
-            "grad_norm": grad_norm,
-            "lr": lr,
-            "train/tokens": num_trained,
-            "train/episodes": len({item.episode_index for item in items}),
-            "tokens_per_s/train": num_trained / max(time.monotonic() - began, 1e-9),
-        }
+        return rows, {"loss": self.ranks.total(loss), "grad_norm": grad_norm, "lr": lr}
 
     def _accumulate(
         self, batch: Batch, counts: bool, num_trained: int, rows: StepRows, episodes: Sequence[Episode], step: int

@@ -18,6 +18,8 @@ COMMANDS = [
     ("-m", "distill.export"),
     ("-m", "distill.track"),
     ("-m", "distill.config"),
+    ("-m", "distill.import_config"),
+    ("-m", "distill.init"),
     ("-m", "distill.serving.embedded"),
     ("-m", "agent_loop.rollout"),
     ("-m", "agent_loop.view"),

@@ -90,6 +90,10 @@ CONFIGS = [
     LossConfig(type="sampled", advantage_clip=1.5),
     LossConfig(type="topk"),
     LossConfig(type="topk", rho=1.0, adv_tau=0.7, advantage_clip=1.5),
+    LossConfig(type="sampled", kl_estimator="k2", adv_tau=0.7),
+    LossConfig(type="sampled", surrogate="ppo", adv_tau=0.7, advantage_clip=1.5),
+    LossConfig(type="sampled", surrogate="ppo", entropy_coeff=0.3),
+    LossConfig(type="topk", entropy_coeff=0.3),
     LossConfig(type="full"),
     LossConfig(type="full", rho=1.0, adv_tau=0.7, teacher_tau=0.3),
     LossConfig(type="full", adv_tau=0.7, teacher_tau=0.0),
@@ -98,7 +102,11 @@ CONFIGS = [
 
 @pytest.mark.parametrize("size", [1, 2, 4, N])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.type}-{c.teacher_tau}-{c.adv_tau}")
+@pytest.mark.parametrize(
+    "config",
+    CONFIGS,
+    ids=lambda c: ",".join(f"{k}={v}" for k, v in c.model_dump(exclude_defaults=True).items()) or "default",
+)
 def test_value_metrics_and_gradients_are_those_of_autograd(
     config: LossConfig, bias: bool, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

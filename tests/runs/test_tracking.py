@@ -29,8 +29,8 @@ def test_a_resumed_run_is_one_curve_in_its_tracker(workplace: Workplace) -> None
         assert abs(value - line["teacher_kl"]) < 1e-3
 
 
-def test_a_tracker_that_hangs_changes_nothing(workplace: Workplace, monkeypatch: Any) -> None:
-    """F20: the run ends as it does without, and says what became of the tracker."""
+def test_f20_a_tracker_that_hangs_changes_nothing(workplace: Workplace, monkeypatch: Any) -> None:
+    """The run ends as it does without, and says what became of the tracker."""
     broken_library(workplace.path / "broken", "hang in log")
     pids = workplace.path / "pids"
     monkeypatch.setenv("PIDS", str(pids))
