@@ -67,6 +67,7 @@ def main() -> None:
         for number in range(arguments.rounds):
             for way in WAYS:
                 seconds[way] += run(folder, way, f"{way}-{number}", arguments.steps)
+                print(f"{way}: {median(seconds[way]):.3f} s a step", file=sys.stderr)
         base = median(seconds["none"])
         print("| tracker | median s a step | to none |\n|---|---|---|")
         for way, values in seconds.items():
