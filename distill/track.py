@@ -156,7 +156,10 @@ def main(argv: list[str] | None = None) -> int:
     if session.offline:
         for name in ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL"):
             os.environ.pop(name, None)
-    ending = Ending(arguments.follow) if arguments.follow is not None else None
+    ending = None
+    if arguments.follow is not None:
+        ending = Ending(arguments.follow)
+        os.nice(10)  # the trainer comes first
     try:
         tracker = open_tracker(arguments.to, session)
     except ImportError as error:
