@@ -161,6 +161,11 @@ class RunDir:
         return read_jsonl(path) if path.exists() else []
 
     def episodes_file(self, step: int, kind: str = "step") -> Path:
+        """
+        Raises:
+            RunDirError: the directory is gone; whoever writes there would make it again.
+        """
+        self.check()
         return self.path / "episodes" / f"{kind}_{step:06d}.jsonl"
 
     def close(self, status: str) -> None:
