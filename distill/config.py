@@ -17,7 +17,9 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
 
+from distill.alarms import AlarmName
 from distill.config_rules import InconsistentConfig, notes_of, problems_of
+from distill.trackers import TrackerName
 from envs.types import Limits, ParseErrorPolicy, TerminationPolicy
 
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -406,6 +408,65 @@ class CheckConfig(Section):
     weights were published."""
 
 
+class TrackingConfig(Section):
+    """Copies of the metrics in experiment trackers (docs/metrics.md). `metrics.jsonl` is always written, and first."""
+
+    to: Annotated[tuple[TrackerName, ...], Strict(False)] = ()
+    """Trackers to copy to; their packages are the extra `trackers`. Keys stand in their own environment variables, such
+    as WANDB_API_KEY."""
+    project: Text = "distill-gym"
+    """Project in W&B and trackio."""
+    name: Text | None = None
+    """Name of the run there. none: the name of the run's folder."""
+    tags: Annotated[tuple[Text, ...], Strict(False)] = ()
+    """Tags of the run in W&B."""
+    offline: bool = False
+    """Send nothing: W&B writes into the run's folder, for `wandb sync` later; trackio keeps to its local database."""
+    finish_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 30.0
+    """Seconds that a tracker has after the last step to send what is left; then the run ends without it."""
+
+
+class AlarmsConfig(Section):
+    """What the run warns of (docs/metrics.md). Each threshold: "none" switches its alarm off."""
+
+    stop: Annotated[tuple[AlarmName, ...], Strict(False)] = ()
+    """Alarms that end the run, with its last step saved; the others warn."""
+    window: Annotated[int, Field(ge=2, le=1000)] = 5
+    """Steps that a mean is taken over, or that a number must be beyond its threshold."""
+    kl_rise: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 0.2
+    """kl_rising: share by which `teacher_kl` rises over three windows, each above the one before."""
+    kl_negative: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 0.01
+    """kl_negative: nats by which the window's `teacher_kl` is below 0, where chance does not explain it."""
+    kl_far: Fraction | None = 0.05
+    """kl_far: share of tokens further than 5 nats from the teacher, for a window."""
+    coverage: Fraction | None = 0.999
+    """coverage: least share of the tokens to be trained that the teacher scored."""
+    mismatch_kl: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 0.02
+    """mismatch: mean KL a token, in nats, between server and trainer in a step."""
+    mismatch_max: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 1.0
+    """mismatch_max: largest difference of a token's log-probability between server and trainer, for a window."""
+    ratio_clipped: Fraction | None = 0.05
+    """ratio_clipped: share of tokens at the cap `loss.rho`, for a window."""
+    entropy_collapse: Annotated[float, Field(gt=0, lt=1)] | None = 0.5
+    """entropy_collapse: share of the entropy of up to 50 steps before that is left, while `teacher_kl` did not fall."""
+    length_growth: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = 2.0
+    """length_growth: sampled tokens an episode as a multiple of up to 50 steps before, while `teacher_kl` did not
+    fall."""
+    repetition: Fraction | None = 0.4
+    """repetition: share of a turn's sequences of four tokens that it repeats (`rollout/repeated`), for a window."""
+    truncated: Fraction | None = 0.25
+    """truncated: share of episodes cut short by a token budget, for a window."""
+    tool_errors: Fraction | None = 0.05
+    """tool_errors: share of tool results that are errors, for two windows."""
+    valid_calls: Fraction | None = 0.8
+    """invalid_calls: least share of tool calls that can be parsed, for two windows."""
+    reward_drop: Fraction | None = 0.1
+    """reward_drop: how far the window's tracked reward is below that of up to 50 steps before, where chance does not
+    explain it."""
+    no_op: bool = True
+    """no_op: warn where nothing is learnt (no gradient, no learning rate, a student that is its teacher)."""
+
+
 class RunConfig(Section):
     """All settings of a run."""
 
@@ -434,6 +495,8 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
     check: CheckConfig = Field(default_factory=CheckConfig)
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+    alarms: AlarmsConfig = Field(default_factory=AlarmsConfig)
     cost: CostConfig = Field(default_factory=CostConfig)
 
     @property

@@ -45,6 +45,7 @@ def exit_code_of(error: BaseException) -> int | None:
     from distill.step import TooManyDropped
     from distill.student import NumericError, OutOfMemory
     from distill.types import TeacherError
+    from distill.watch import AlarmStop
     from envs.dataset import TaskError
     from envs.registry import RegistryError
     from tools.pages import PageStoreError
@@ -61,7 +62,7 @@ def exit_code_of(error: BaseException) -> int | None:
         ((OutOfMemory,), EXIT_MEMORY),
         ((ServerLost,), EXIT_OUTAGE),
         ((LaunchError, TooManyDropped, TransportError, ScoringError, PolicyError, TeacherError), EXIT_SERVER),
-        ((NumericError, PublishError), EXIT_NUMERIC),
+        ((AlarmStop, NumericError, PublishError), EXIT_NUMERIC),
         ((RunDirError, CheckpointError, OSError), EXIT_STORAGE),
         ((Interrupted, KeyboardInterrupt), EXIT_INTERRUPT),
     ]

@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from statistics import fmean
 
+import numpy as np
+
 from agent_loop.types import Episode
 from envs.types import StopReason
 
@@ -20,6 +22,22 @@ def mean(values: Sequence[float]) -> float | None:
     return fmean(values) if values else None
 
 
+REPEATED = 4
+"""Tokens of a sequence that counts as repeated where the same turn has it twice."""
+
+
+def repeated_share(token_ids: Sequence[int]) -> float | None:
+    """Share of a turn's sequences of `REPEATED` tokens that stood in it before. None of a turn too short to tell."""
+    ids = np.asarray(token_ids, dtype=np.uint64)
+    count = len(ids) - REPEATED + 1
+    if count < REPEATED:
+        return None
+    hashed = np.zeros(count, dtype=np.uint64)
+    for offset in range(REPEATED):  # a polynomial modulo 2^64: two sequences share a value once in 10^19
+        hashed = hashed * np.uint64(0x9E3779B97F4A7C15) + ids[offset : offset + count] + np.uint64(1)
+    return 1 - len(np.unique(hashed)) / count
+
+
 def rollout_metrics(episodes: Sequence[Episode]) -> Metrics:
     """Numbers of the rollouts of one step. Failed episodes count in `rollout/*` shares, not in lengths."""
     count = len(episodes)
@@ -30,6 +48,8 @@ def rollout_metrics(episodes: Sequence[Episode]) -> Metrics:
     errors = Counter(result.error.kind.value for result in results if result.error)
     stops = Counter(e.stop_reason.value for e in episodes)
     sampled = [e.num_sampled for e in played]
+    spans = [(e.traces[t.trace].token_ids, t) for e in played for t in e.turns if t.trace is not None]
+    repeated = [repeated_share(ids[turn.start : turn.end]) for ids, turn in spans]
     metrics: Metrics = {
         "rollout/episodes": count,
         "rollout/failed": count - len(played),
@@ -38,6 +58,7 @@ def rollout_metrics(episodes: Sequence[Episode]) -> Metrics:
         "rollout/sampled_tokens_per_episode": mean(sampled),
         "rollout/tokens_per_episode": mean([sum(len(t) for t in e.traces) for e in played]),
         "rollout/truncated": sum(e.stop_reason in CUT_SHORT for e in episodes) / count if count else None,
+        "rollout/repeated": mean([share for share in repeated if share is not None]),
         "rollout/extra_traces": sum(max(0, len(e.traces) - 1) for e in played),
         "rollout/parse_errors": sum(turn.num_parse_errors for turn in turns),
         "tool/calls_per_episode": len(calls) / len(played) if played else None,

@@ -23,6 +23,8 @@ FREE_KEYS = (
     "checkpoint",
     "eval",
     "check",
+    "tracking",
+    "alarms",
     "rollout.max_concurrent",
     "rollout.executor",
     "rollout.ray",

@@ -19,16 +19,17 @@ from distill.config_load import ConfigError, LoadedConfig, add_config_arguments,
 from distill.console import Console, fail
 from distill.failures import EXIT_OK, EXIT_USAGE, Interrupted, guarded
 from distill.follow import follow, is_follower
-from distill.stopping import interrupt
+from distill.stopping import TRACKERS_S, interrupt
 
 if TYPE_CHECKING:
     from distill.build import Parts
     from distill.checkpoint import Checkpoint
     from distill.config import RunConfig
     from distill.rundir import RunDir
+    from distill.watch import Watch
 
 
-async def train(parts: Parts, run: RunDir, console: Console, checkpoint: Checkpoint | None) -> None:
+async def train(parts: Parts, run: RunDir, console: Console, checkpoint: Checkpoint | None, watch: Watch) -> None:
     """The run: check, evaluate, then `steps` times tasks -> episodes -> scores -> update -> publish -> record."""
     from distill.cost import StepClock
     from distill.pipeline import Pipeline
@@ -36,6 +37,7 @@ async def train(parts: Parts, run: RunDir, console: Console, checkpoint: Checkpo
     from distill.stopping import StopFlag
     from distill.student import OutOfMemory
     from distill.tasks import TaskSource
+    from distill.watch import AlarmStop
 
     config = parts.config
     first, cursor, pending = (checkpoint.step, checkpoint.cursor, checkpoint.pending) if checkpoint else (0, 0, ())
@@ -64,8 +66,9 @@ async def train(parts: Parts, run: RunDir, console: Console, checkpoint: Checkpo
             finally:  # the step is made, whatever becomes of its publication
                 clock.lap("time/publish")
                 metrics |= clock.metrics(metrics) | outages(parts)
-                run.append_metrics({"step": step, **metrics})
+                run.append_metrics({"step": step, **metrics, **watch.alarms({"step": step, **metrics})})
                 console.step(step, config.steps, metrics)
+            watch.speak()
             last = step == config.steps or stop.asked
             if config.eval.every and step % config.eval.every == 0 and not last:
                 await evaluate_and_record(parts, run, console, step=step)
@@ -75,7 +78,7 @@ async def train(parts: Parts, run: RunDir, console: Console, checkpoint: Checkpo
                 raise Interrupted(f"stopped after step {step}; continue with --resume {run.path}")
         if config.eval.at_end:
             await evaluate_and_record(parts, run, console, step=config.steps)
-    except (ServerLost, OutOfMemory, Interrupted):
+    except (ServerLost, OutOfMemory, Interrupted, AlarmStop):
         saver.save(pipeline.pending)
         raise
     finally:
@@ -215,28 +218,32 @@ async def run_training(
     from distill.build import build, metadata_of
     from distill.resume import point_of
     from distill.rundir import RunDir
+    from distill.watch import Watch
 
     config = loaded.config
     path, wanted = point_of(resume) if resume else (Path(config.output_dir) / _run_id(config), None)
     run = RunDir.resume(path) if resume else RunDir.create(path, config.model_dump(mode="json"))
-    status = "failed"
-    parts = None
+    status, tracker_s = "failed", config.tracking.finish_timeout_s
+    parts = watch = None
     try:
         console.say(f"run directory: {path}")
         parts = build(config, console, path)
-        metadata = metadata_of(parts)
+        metadata, recorded = metadata_of(parts), run.last_step()
         checkpoint = continued(loaded, run, metadata, parts, console, wanted, allowed) if resume else None
         run.note(**metadata)
-        await parts.student.ranks.while_whole(train(parts, run, console, checkpoint))
+        watch = Watch(config, path, console.say, resumed=checkpoint.step if checkpoint else 0, recorded=recorded)
+        await parts.student.ranks.while_whole(train(parts, run, console, checkpoint, watch))
         finish(run, console, config.rollout.max_staleness)
         status = "finished"
-    except (Interrupted, KeyboardInterrupt, asyncio.CancelledError):
-        status = "interrupted"
+    except (Interrupted, KeyboardInterrupt, asyncio.CancelledError) as error:
+        status, tracker_s = "interrupted", TRACKERS_S if isinstance(error, Interrupted) else 0.0
         raise
     finally:
         if parts is not None:
             await parts.aclose()
         run.close(status)
+        if watch is not None:
+            watch.close(status, tracker_s)
         if status == "failed" and any((path / "checkpoints").glob("step_*")):
             console.say(f"what was saved is kept; once the cause is mended, continue with --resume {path}")
 

@@ -10,6 +10,7 @@ runs/<id>/
   episodes/eval_*.jsonl
   checkpoints/step_*/    safetensors + JSON, MANIFEST.json written last
   logs/
+  tensorboard/, wandb/   of trackers (`tracking.to`)
 """
 
 from __future__ import annotations
@@ -136,6 +137,11 @@ class RunDir:
             out.write(json.dumps(line, allow_nan=False) + "\n")
             out.flush()
             os.fsync(out.fileno())
+
+    def last_step(self) -> int:
+        """Of `metrics.jsonl`; 0: no step was recorded."""
+        path = self.path / "metrics.jsonl"
+        return max((int(line["step"]) for line in read_jsonl(path)), default=0) if path.exists() else 0
 
     def rewind(self, step: int, pending: Collection[int] = ()) -> None:
         """Forget what an interrupted attempt wrote after the checkpoint of `step` steps: its metric lines and its

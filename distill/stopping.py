@@ -19,6 +19,8 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 STOP_GRACE_S = 15.0
 """Seconds that the episodes of the step in hand still get when the run is asked to stop. With what publishing and
 saving take, it has ended within 30 s, which is what schedulers give a process."""
+TRACKERS_S = 5.0
+"""Seconds that trackers then have for what is left; a run that ends by itself gives them more."""
 UNWIND_S = 1.5
 """Seconds for closing everything after the second signal."""
 

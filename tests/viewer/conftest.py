@@ -103,6 +103,8 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
     metrics = [
         json.dumps({"step": i, "teacher_kl": 1 / i, "entropy": 0.3, HOSTILE: 1, "time/step": 2.0}) for i in range(1, 6)
     ]
+    for i in (1, 2, 4):
+        metrics[i] = json.dumps(json.loads(metrics[i]) | {"alarms": 1, "alarm/truncated": 1})
     (folder / "metrics.jsonl").write_text("\n".join([*metrics, '{"step": 6, "teach']))
     return folder
 

@@ -75,6 +75,7 @@ def test_the_run_page(tab: Tab, server: Server) -> None:
     page = tab.open(f"{server.url}/", ".chart")
     assert page.locator(".chart").count() >= 3
     assert "1 lines of metrics.jsonl cannot be read" in page.locator(".notices").inner_text()
+    assert "alarm truncated: at steps 2 to 3, 5" in page.locator(".notices").inner_text()
     page.locator(".tablebox a").first.click()
     page.wait_for_selector(".tokens .cursor")
     assert "30" in page.locator(".inspector").inner_text()

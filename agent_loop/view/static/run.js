@@ -73,6 +73,18 @@ function evalTable(evals) {
       names.map((name) => h("td", { class: "num" }, number(one.metrics[name]))))))];
 }
 
+// At which steps an alarm was on: "at steps 5 to 9 and 12".
+function alarmSteps(values, steps) {
+  const spans = [];
+  values.forEach((value, i) => {
+    if (!value) return;
+    if (i && values[i - 1]) spans[spans.length - 1][1] = steps?.[i] ?? i;
+    else spans.push([steps?.[i] ?? i, steps?.[i] ?? i]);
+  });
+  const shown = spans.slice(0, 5).map(([from, to]) => (from === to ? number(from) : `${number(from)} to ${number(to)}`));
+  return `at step${spans.length === 1 && spans[0][0] === spans[0][1] ? "" : "s"} ${shown.join(", ")}${spans.length > 5 ? " and more" : ""}`;
+}
+
 // What a careful person would want to be told first.
 function notices(run, columns) {
   const most = (name) => Math.max(0, ...(columns.get(name) || []).filter((v) => v !== null));
@@ -84,6 +96,7 @@ function notices(run, columns) {
   if (most("train/dropped")) found.push(`up to ${most("train/dropped")} episodes a step were dropped from training`);
   if (most("teacher_kl/above_5") > 0.01) found.push(`up to ${(100 * most("teacher_kl/above_5")).toFixed(1)}% of a step's tokens are further than 5 nats from the teacher: template or tokenizer?`);
   if (most("mismatch_kl/max") > 0.5) found.push(`server and trainer differ by up to ${number(most("mismatch_kl/max"))} nats on a token`);
+  for (const [name, values] of columns) if (name.startsWith("alarm/")) found.push(`alarm ${oneLine(name.slice(6), 40)}: ${alarmSteps(values, columns.get("step"))}`);
   if (most("servers/restarts")) found.push(`servers were started again ${most("servers/restarts")} times`);
   return found;
 }
