@@ -220,6 +220,18 @@ def eval_kind(name: str) -> str:
     return "eval" if name == "student" else f"eval_{name}"
 
 
+def best_step(run: Path) -> int | None:
+    """The step whose evaluation of the student had the highest success, the earliest of several; None if there was none
+    that was graded. Evaluations before the first step do not count."""
+    file = run / "evals.jsonl"
+    graded = {
+        int(line["step"]): float(line["metrics"]["reward/success"])
+        for line in (read_jsonl(file) if file.exists() else [])
+        if line["name"] == "student" and line["step"] > 0 and line["metrics"].get("reward/success") is not None
+    }
+    return max(graded, key=lambda step: (graded[step], -step), default=None)
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a JSONL file; a torn last line (a crash in mid-write) is left out."""
     lines = []
