@@ -19,7 +19,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,12 +69,14 @@ def save_checkpoint(
     cursor: int,
     keep_last: int,
     keep_every: int = 0,
+    keep: Collection[int] = (),
     pending: Sequence[int] = (),
 ) -> Path:
     """Write `folder/step_<step>`, then delete all but the last `keep_last` checkpoints up to it.
 
     Args:
         keep_every: those whose step is a multiple of it are never deleted; 0: none is kept for that.
+        keep: steps that are not deleted this time.
         pending: `Checkpoint.pending`.
 
     Raises:
@@ -108,7 +110,7 @@ def save_checkpoint(
         raise CheckpointError(
             f"{final}: cannot be written: {error}{room}. Older checkpoints are as they were."
         ) from error
-    _prune(folder, step, keep_last, keep_every)
+    _prune(folder, step, keep_last, keep_every, keep)
     return final
 
 
@@ -238,11 +240,11 @@ def _checkpoints(folder: Path) -> Iterator[tuple[int, Path]]:
                 yield int(match[1]), path
 
 
-def _prune(folder: Path, step: int, keep_last: int, keep_every: int) -> None:
+def _prune(folder: Path, step: int, keep_last: int, keep_every: int, keep: Collection[int]) -> None:
     """Damaged ones (no manifest) do not count as kept. A folder that will not go away does not stop the run."""
     older = sorted((s, p) for s, p in _checkpoints(folder) if s <= step)
     whole = [p for _, p in older if (p / MANIFEST).exists()]
-    kept = set(whole[-keep_last:]) | {p for s, p in older if keep_every and s % keep_every == 0 and p in whole}
+    kept = set(whole[-keep_last:]) | {p for s, p in older if (keep_every and s % keep_every == 0) or s in keep}
     for path in (*(p for _, p in older if p not in kept), *folder.glob(".replaced_*")):
         shutil.rmtree(path, ignore_errors=True)
 

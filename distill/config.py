@@ -365,6 +365,8 @@ class CheckpointConfig(Section):
     """Checkpoints kept; older ones are deleted once a newer one is complete."""
     keep_every: CountOrZero = 0
     """Checkpoints of every n-th step are never deleted. 0: only the last ones are kept."""
+    keep_best: bool = False
+    """Save the step whose evaluation had the highest success so far (`eval.every`), and keep it beside the last."""
 
 
 class CostConfig(Section):

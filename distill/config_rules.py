@@ -132,6 +132,11 @@ def problems_of(config: RunConfig) -> Iterator[Problem]:
                 (f"cost.{name}_gpus", f"{name}.base_url"),
                 f"counts the GPUs of given servers, but there is no {name}.base_url; those of the run count themselves",
             )
+    if config.checkpoint.keep_best and not config.eval.every:
+        yield Problem(
+            ("checkpoint.keep_best", "eval.every"),
+            "needs evaluations to choose by, but eval.every is 0: nothing is evaluated during training",
+        )
     if config.checkpoint.keep_every % config.checkpoint.every:
         yield Problem(
             ("checkpoint.keep_every", "checkpoint.every"),

@@ -32,13 +32,14 @@ class ExportError(Exception):
     """Nothing was exported; the message says why."""
 
 
-def export(source: Path, out: Path, *, adapter: bool, dtype: str, console: Console) -> float:
+def export(source: Path, out: Path, *, adapter: bool, dtype: str, console: Console, best: bool = False) -> float:
     """Write the student of a checkpoint into `out`, which must not exist.
 
     Args:
         source: a run, or one of its checkpoints.
         adapter: PEFT's format instead of merged weights.
         dtype: of merged weights: float32 or bfloat16. Adapters stay as they are.
+        best: of a run, the checkpoint of the best evaluation instead of the newest.
 
     Returns:
         The largest difference of a log-probability between the files and the model they were written from, in nats.
@@ -53,7 +54,7 @@ def export(source: Path, out: Path, *, adapter: bool, dtype: str, console: Conso
 
     if out.exists():
         raise ExportError(f"{out} is there already; name a folder that is not")
-    checkpoint, config = _checkpoint_of(source, console)
+    checkpoint, config = _checkpoint_of(source, console, best=best)
     if adapter and config.student.lora is None:
         raise ExportError(f"{checkpoint.path} was trained whole: it has no adapters (leave out --adapter)")
     student = _load(checkpoint, config, console)
@@ -85,9 +86,10 @@ def export(source: Path, out: Path, *, adapter: bool, dtype: str, console: Conso
     return difference
 
 
-def _checkpoint_of(source: Path, console: Console) -> tuple[Checkpoint, RunConfig]:
+def _checkpoint_of(source: Path, console: Console, *, best: bool) -> tuple[Checkpoint, RunConfig]:
     from distill.checkpoint import find_latest, open_checkpoint
     from distill.config import RunConfig
+    from distill.rundir import best_step
 
     run = source if (source / "config.json").exists() else source.parent.parent
     try:
@@ -96,6 +98,12 @@ def _checkpoint_of(source: Path, console: Console) -> tuple[Checkpoint, RunConfi
         raise ExportError(f"{source} is neither a run nor a checkpoint of one (no config.json)") from None
     except ValueError as error:
         raise ExportError(f"{run / 'config.json'}: {error}") from None
+    if best:
+        step = best_step(run) if run == source else None
+        source = run / "checkpoints" / f"step_{step or 0:06d}"
+        if not source.exists():
+            found = f"step {step}, of which there is no checkpoint" if step else "no graded evaluation, or no run"
+            raise ExportError(f"{run}: --best finds {found}; checkpoint.keep_best keeps it while a run goes on")
     checkpoint = find_latest(run / "checkpoints", report=console.say) if run == source else open_checkpoint(source)
     if checkpoint is None:
         raise ExportError(f"{run} has no checkpoint yet")
@@ -157,6 +165,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of all weights (bfloat16)"
     )
+    parser.add_argument("--best", action="store_true", help="the step with the best evaluation instead of the newest")
     arguments = parser.parse_args(argv)
     console = Console()
 
@@ -170,6 +179,7 @@ def main(argv: list[str] | None = None) -> int:
             adapter=arguments.adapter,
             dtype=arguments.dtype,
             console=console,
+            best=arguments.best,
         )
         console.say(f"{arguments.out}: opened again, log-probabilities agree within {difference:.2g} nats")
 

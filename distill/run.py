@@ -72,7 +72,7 @@ async def train(parts: Parts, run: RunDir, console: Console, checkpoint: Checkpo
             last = step == config.steps or stop.asked
             if config.eval.every and step % config.eval.every == 0 and not last:
                 await evaluate_and_record(parts, run, console, step=step)
-            if last or step % config.checkpoint.every == 0:
+            if last or step % config.checkpoint.every == 0 or saver.is_best(step):
                 saver.save(pipeline.pending)
             if stop.asked and step < config.steps:
                 raise Interrupted(f"stopped after step {step}; continue with --resume {run.path}")
@@ -97,6 +97,15 @@ class Saver:
         """The student's weights are those after `step`, and the tasks before `cursor` are used."""
         self._step, self._cursor = step, cursor
 
+    def is_best(self, step: int) -> bool:
+        """Whether the student of this step is the one to keep, by the evaluations so far."""
+        return self._parts.config.checkpoint.keep_best and self._best() == step
+
+    def _best(self) -> int | None:
+        from distill.rundir import best_step
+
+        return best_step(self._run.path)
+
     def save(self, pending: Sequence[int]) -> None:
         """
         Args:
@@ -106,6 +115,7 @@ class Saver:
 
         if self._step > self._saved:
             keep = self._parts.config.checkpoint
+            best = self._best() if keep.keep_best else None
             self._run.check()
             save_checkpoint(
                 self._run.path / "checkpoints",
@@ -114,6 +124,7 @@ class Saver:
                 cursor=self._cursor,
                 keep_last=keep.keep_last,
                 keep_every=keep.keep_every,
+                keep=() if best is None else (best,),
                 pending=pending,
             )
             self._saved = self._step

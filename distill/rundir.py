@@ -167,6 +167,11 @@ class RunDir:
         return read_jsonl(path) if path.exists() else []
 
     def episodes_file(self, step: int, kind: str = "step") -> Path:
+        """
+        Raises:
+            RunDirError: the directory is gone; whoever writes there would make it again.
+        """
+        self.check()
         return self.path / "episodes" / f"{kind}_{step:06d}.jsonl"
 
     def close(self, status: str) -> None:
@@ -213,6 +218,18 @@ class RunDir:
 def eval_kind(name: str) -> str:
     """Kind of the episode files of an evaluation of `name` (`student`, `teacher`)."""
     return "eval" if name == "student" else f"eval_{name}"
+
+
+def best_step(run: Path) -> int | None:
+    """The step whose evaluation of the student had the highest success, the earliest of several; None if there was none
+    that was graded. Evaluations before the first step do not count."""
+    file = run / "evals.jsonl"
+    graded = {
+        int(line["step"]): float(line["metrics"]["reward/success"])
+        for line in (read_jsonl(file) if file.exists() else [])
+        if line["name"] == "student" and line["step"] > 0 and line["metrics"].get("reward/success") is not None
+    }
+    return max(graded, key=lambda step: (graded[step], -step), default=None)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

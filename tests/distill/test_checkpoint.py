@@ -168,6 +168,13 @@ def test_every_nth_one_stays(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step_000003", "step_000006", "step_000007"]
 
 
+def test_a_step_to_keep_stays_until_another_is(tmp_path: Path) -> None:
+    student = make_student()
+    for step, keep in ((1, ()), (2, (2,)), (3, (2,)), (4, (2,)), (5, (5,)), (6, (5,)), (7, (5,))):
+        save_checkpoint(tmp_path, step, student, cursor=0, keep_last=1, keep=keep)
+        assert names(tmp_path) == sorted({f"step_{n:06d}" for n in (step, *keep)})
+
+
 def test_generators_of_each_rank(tmp_path: Path) -> None:
     states = []
     for seed in (1, 2):

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from distill.checkpoint import save_checkpoint
 from distill.config import LoraConfig
 from distill.export import main
+from distill.rundir import best_step
 from distill.student import Student
 
 IDS = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -84,6 +85,25 @@ def test_what_cannot_be_exported(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "SHA-256" in capsys.readouterr().err
     assert not any(tmp_path.glob("*c*part*"))
     assert not (tmp_path / "c").exists()
+
+
+def test_the_best_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, _ = trained(tmp_path, None)
+    command = [str(run), "--out", str(tmp_path / "out"), "--best"]
+    assert main(command) == 2
+    assert "no graded evaluation" in capsys.readouterr().err
+
+    def evaluated(*lines: tuple[str, int, float | None]) -> None:
+        rows = [{"name": n, "step": s, "episodes": 1, "metrics": {"reward/success": v}} for n, s, v in lines]
+        (run / "evals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    evaluated(("teacher", 0, 1.0), ("student", 0, 0.9), ("student", 1, 0.5), ("student", 2, None))
+    assert main(command) == 2
+    assert "step 1, of which there is no checkpoint" in capsys.readouterr().err
+    evaluated(("student", 1, 0.5), ("student", 2, 0.7), ("student", 3, 0.7))
+    assert best_step(run) == 2
+    assert main(command) == 0
+    assert (tmp_path / "out" / "model.safetensors").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

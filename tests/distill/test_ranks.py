@@ -15,6 +15,7 @@ import pytest
 from ranks_program import SCENARIOS, student_of
 from safetensors.torch import load_file
 
+from distill.failures import EXIT_RANK
 from distill.ranks import Ranks
 
 pytestmark = pytest.mark.slow
@@ -155,7 +156,7 @@ def torch_episodes() -> Any:
 @pytest.mark.parametrize(
     ("name", "message", "code"),
     [
-        ("killed", "rank 1 of 2 failed: it died without a word", 9),
+        ("killed", "rank 1 of 2 failed: it died without a word", EXIT_RANK),
         ("broken", "rank 1 of 2 failed: TypeError: a bug of this rank", 1),
     ],
 )

@@ -127,3 +127,20 @@ def test_nothing_of_a_run_is_a_pickle(workplace: Workplace) -> None:
     files = [p for p in (workplace.path / "runs").rglob("*") if p.is_file()]
     assert files
     assert {p.suffix for p in files} <= allowed, sorted({str(Path(p.name)) for p in files if p.suffix not in allowed})
+
+
+@pytest.mark.slow
+def test_the_best_evaluation_is_kept_beside_the_last_step(workplace: Workplace) -> None:
+    """Nobody succeeds here: the best is the first, and only a rise would be a better one."""
+    flags = ["--checkpoint.every", "4", "--checkpoint.keep_last", "1", "--checkpoint.keep_best", "true"]
+    tasks = (
+        (workplace.path / "adding" / "train.jsonl")
+        .read_text()
+        .replace('"metadata": {}', '"metadata": {"answer": "no"}')
+    )
+    (workplace.path / "held_out.jsonl").write_text(tasks)
+    flags += ["--tasks.eval", str(workplace.path / "held_out.jsonl"), "--eval.every", "1"]
+    workplace.run("--run-id", "one", "--steps", "4", *flags, check=True)
+    assert [line["metrics"]["reward/success"] for line in workplace.lines("one", "evals.jsonl")] == [0.0] * 3
+    kept = sorted(path.name for path in (workplace.path / "runs" / "one" / "checkpoints").iterdir())
+    assert kept == ["step_000001", "step_000004"]

@@ -109,7 +109,7 @@ def test_a_killed_rank_ends_the_run_by_name(workplace: Workplace) -> None:
     assert time.monotonic() - began < 45
     assert code != 0
     assert "error: rank 1 of 2 failed: it died without a word" in err
-    assert re.search(r"rank +: 0 \(local_rank: 0\)\n +exitcode +: 9 ", err), err[-3000:]
+    assert re.search(r"rank +: 0 \(local_rank: 0\)\n +exitcode +: 10 ", err), err[-3000:]
     assert json.loads((workplace.path / "runs" / "hurt" / "run.json").read_text())["status"] == "failed"
 
 
