@@ -112,7 +112,7 @@ async def test_hostile_text_of_a_teacher_is_letters(tiny: Renderer, folder: Path
 async def test_what_cannot_be_said_is_masked_and_counted(tiny: Renderer, folder: Path) -> None:
     episode = as_messages(await played(tiny, folder, CALL, CALL, ANSWER))
     broken = ToolCall(id="call_0_0", name="add", arguments=None, raw="add(", parse_error="not JSON")
-    malformed, thoughtful, cut = copy.deepcopy([episode] * 3)
+    malformed, thoughtful, cut = (copy.deepcopy(episode) for _ in range(3))
     malformed.turns[0] = replace(episode.turns[0], message=AssistantMessage(content="", tool_calls=(broken,)))
     thoughts = replace(episode.turns[0].message, reasoning="hm")  # this template writes no think block
     thoughtful.turns[0] = replace(episode.turns[0], message=thoughts)
