@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from agent_loop.types import Episode, EpisodeError
-from envs.types import Limits, StopReason, TerminationPolicy
+from envs.types import Limits, StopReason, Task, TerminationPolicy
 
 if TYPE_CHECKING:
     from agent_loop.conversation import Actor
@@ -48,6 +48,17 @@ class UsageError(Exception):
 def main(argv: list[str] | None = None) -> int:
     """The command."""
     parser = make_parser()
+    arguments = parsed(parser, argv)
+    if arguments.teacher_base_url:
+        if arguments.chat:
+            parser.error("--teacher-base-url needs token ids, which --chat does not exchange")
+        if (arguments.temperature, arguments.top_p, arguments.top_k) != (1.0, 1.0, 0):
+            parser.error("--teacher-base-url: the KL is of samples at temperature 1, top-p 1 and top-k 0")
+    return guarded(arguments)
+
+
+def parsed(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """The arguments of `add_play_arguments`, with `env_args` as values and `limits`; what is wrong ends the program."""
     arguments = parser.parse_args(argv)
     try:
         arguments.env_args = dict(_pair(text) for text in arguments.env_args)
@@ -60,47 +71,48 @@ def main(argv: list[str] | None = None) -> int:
         )
     except ValueError as error:
         parser.error(str(error))
-    if arguments.teacher_base_url:
-        if arguments.chat:
-            parser.error("--teacher-base-url needs token ids, which --chat does not exchange")
-        if (arguments.temperature, arguments.top_p, arguments.top_k) != (1.0, 1.0, 0):
-            parser.error("--teacher-base-url: the KL is of samples at temperature 1, top-p 1 and top-k 0")
     if arguments.api_key_env and arguments.api_key_env not in os.environ:
         parser.error(f"--api-key-env: the environment has no variable {arguments.api_key_env}")
-    return guarded(arguments)
+    return arguments
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m agent_loop.rollout", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_play_arguments(parser, tasks="evaluation")
+    add = parser.add_argument
+    add("--tokenizer", help="folder or hub id of the model's tokenizer (default: --model)")
+    add("--chat", action="store_true", help="speak messages only; no tokens are recorded")
+    add("--top-p", type=float, default=1.0)
+    add("--top-k", type=int, default=0, help="0: off")
+    add("--max-episode-tokens", type=int, metavar="N", help="prompt, tool output and sampled tokens together")
+    add("--teacher-base-url", metavar="URL", help="also score the episodes: KL to a teacher of the same tokenizer")
+    add("--teacher-model", metavar="NAME", help="name of the teacher on its server (default: --model)")
+    add("--out", type=Path, metavar="DIR", help="write episodes.jsonl and summary.json there")
+    return parser
+
+
+def add_play_arguments(parser: argparse.ArgumentParser, *, tasks: str) -> None:
+    """What is played, by whom, how long; `tasks` names the environment's own that are the default."""
     add = parser.add_argument
     add("--env", required=True, help="name or folder of the environment")
     add("--env-args", nargs="*", default=[], metavar="KEY=VALUE", help="constructor arguments, as TOML values")
     add("--model", required=True, help="the name that the server knows the model by")
     add("--base-url", required=True, help="OpenAI-compatible server, with /v1")
-    add("--tokenizer", help="folder or hub id of the model's tokenizer (default: --model)")
-    add("--chat", action="store_true", help="speak messages only; no tokens are recorded")
     add("--api-key-env", metavar="VAR", help="environment variable that holds the server's key")
-    add("--tasks", metavar="FILE", help="task JSONL (default: the environment's own evaluation tasks)")
-    add("--num-tasks", type=_count, metavar="N", help="the first N tasks")
-    add("--samples", type=_count, default=1, metavar="K", help="episodes a task (default: 1)")
+    add("--tasks", metavar="FILE", help=f"task JSONL (default: the environment's own {tasks} tasks)")
+    add("--num-tasks", type=count, metavar="N", help="the first N tasks")
+    add("--samples", "--group-size", type=count, default=1, metavar="K", help="episodes a task (default: 1)")
     add("--temperature", type=float, default=1.0)
-    add("--top-p", type=float, default=1.0)
-    add("--top-k", type=int, default=0, help="0: off")
     add("--max-turns", type=int, default=10)
     add("--max-turn-tokens", type=int, default=1024)
-    add("--max-episode-tokens", type=int, metavar="N", help="prompt, tool output and sampled tokens together")
     add("--timeout", type=float, default=600.0, metavar="SECONDS", help="of one episode (default: 600)")
     add("--termination-policy", choices=get_args(TerminationPolicy), default="last_tool")
-    add("--max-concurrent", type=_count, default=32, help="episodes at once (default: 32)")
+    add("--max-concurrent", type=count, default=32, help="episodes at once (default: 32)")
     add("--seed", type=int, default=0)
     add("--no-grade", action="store_true", help="do not grade")
-    add("--teacher-base-url", metavar="URL", help="also score the episodes: KL to a teacher of the same tokenizer")
-    add("--teacher-model", metavar="NAME", help="name of the teacher on its server (default: --model)")
-    add("--out", type=Path, metavar="DIR", help="write episodes.jsonl and summary.json there")
     add("--json", action="store_true", help="print the summary as JSON")
-    return parser
 
 
 def guarded(arguments: argparse.Namespace) -> int:
@@ -166,11 +178,11 @@ async def evaluate(arguments: argparse.Namespace) -> list[Episode]:
 
     jobs = [
         EpisodeJob(task=task, sample_index=sample, seed=arguments.seed)
-        for task in await _tasks(make_env, arguments)
+        for task in await tasks_of(make_env, arguments, split="eval")
         for sample in range(arguments.samples)
     ]
     async with AsyncExitStack() as opened:
-        transport = HttpTransport(arguments.base_url, api_key=_key(arguments))
+        transport = HttpTransport(arguments.base_url, api_key=key_of(arguments))
         opened.push_async_callback(transport.aclose)
         make_actor = await _actor_maker(transport, arguments, opened)
         teacher = None
@@ -196,7 +208,7 @@ async def _played(
 
     gate = asyncio.Semaphore(MAX_SCORED_AT_ONCE)
     scoring: list[asyncio.Task[None]] = []
-    shown = _Progress(len(jobs))
+    shown = Progress(len(jobs))
 
     def record(episode: Episode) -> None:
         if writer is not None:
@@ -284,7 +296,7 @@ async def _actor_maker(
             if error.kind == "unavailable":
                 raise
         model = ChatPolicy(
-            arguments.base_url, arguments.model, api_key=_key(arguments), temperature=arguments.temperature
+            arguments.base_url, arguments.model, api_key=key_of(arguments), temperature=arguments.temperature
         )
         opened.push_async_callback(model.aclose)
         return lambda: MessageActor(model)
@@ -300,8 +312,14 @@ async def _actor_maker(
     return lambda: TokenActor(renderer, policy, sampling)
 
 
-async def _tasks(make_env: Callable[[], ToolEnv], arguments: argparse.Namespace) -> list[Any]:
-    """The tasks to play; turns grading off where the environment has no grader."""
+async def tasks_of(make_env: Callable[[], ToolEnv], arguments: argparse.Namespace, *, split: str) -> list[Task]:
+    """The tasks to play, of a file or of the environment's own `split`; turns grading off where the environment has no
+    grader.
+
+    Raises:
+        UsageError: there are none, or two of one id.
+        TaskError: a row of the file is none.
+    """
     from envs.dataset import read_tasks
 
     env = make_env()
@@ -309,12 +327,12 @@ async def _tasks(make_env: Callable[[], ToolEnv], arguments: argparse.Namespace)
         if arguments.tasks:
             tasks = read_tasks(arguments.tasks, limit=arguments.num_tasks)
         else:
-            tasks = list(env.default_tasks(split="eval", num_tasks=arguments.num_tasks))[: arguments.num_tasks]
+            tasks = list(env.default_tasks(split=split, num_tasks=arguments.num_tasks))[: arguments.num_tasks]
         if not tasks:
-            raise UsageError(f"environment {arguments.env!r} has no evaluation tasks of its own; give --tasks FILE")
+            raise UsageError(f"environment {arguments.env!r} has no tasks of its own to play; give --tasks FILE")
         twice = [name for name, count in Counter(task.id for task in tasks).items() if count > 1]
         if twice:
-            raise UsageError(f"two evaluation tasks of environment {arguments.env!r} have the id {twice[0]!r}")
+            raise UsageError(f"two tasks of environment {arguments.env!r} have the id {twice[0]!r}")
         if not arguments.no_grade:
             try:
                 env.grader()
@@ -338,11 +356,11 @@ def _open(out: Path | None) -> EpisodeWriter | None:
     return EpisodeWriter(path)
 
 
-def _key(arguments: argparse.Namespace) -> str | None:
+def key_of(arguments: argparse.Namespace) -> str | None:
     return os.environ[arguments.api_key_env] if arguments.api_key_env else None
 
 
-class _Progress:
+class Progress:
     """One line that is written over on a terminal; elsewhere a line every tenth of the way."""
 
     def __init__(self, total: int) -> None:
@@ -360,7 +378,7 @@ class _Progress:
             print(file=sys.stderr)
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")

@@ -212,6 +212,30 @@ class Renderer:
         glue = tail if closed else [self.close_id, *tail]
         return Extension(glue_ids=list(glue), tool_ids=ids[len(tail) :])
 
+    def write(self, message: Message, tools: Sequence[ToolSpec] = ()) -> list[int]:
+        """Ids that a model would have sampled to say `message`: the turn as the template writes it behind its
+        generation prompt, the close token included.
+
+        Args:
+            message: a cleaned one, of role `assistant`.
+
+        Raises:
+            RendererError: the template writes turns in another way than it asks for them (it drops their think block,
+                for instance), or a text became an added token.
+        """
+        ids = self._written(message, tools)
+        self._guard.check(ids, self._guard.found_in(self._written(harmless(message), tools)))
+        return ids
+
+    def _written(self, message: Message, tools: Sequence[ToolSpec]) -> list[int]:
+        asked: Message = {"role": "user", "content": "hi"}
+        prompt = self._render_text([asked], tools)
+        whole = self._render_text([asked, message], tools, prompt=False)
+        said, close, _ = whole.removeprefix(prompt).partition(self._close_text)
+        if not whole.startswith(prompt) or not close:
+            raise RendererError("the chat template does not write an assistant turn behind its own generation prompt")
+        return [*self.encode(said), self.close_id]
+
     def parse(self, completion_ids: Sequence[int], turn: int, finish_reason: FinishReason) -> ParsedTurn:
         """Read the sampled ids of one turn: thinking, calls, answer, and the class of each token."""
         return self._parser.parse(completion_ids, turn, finished=finish_reason == "stop")
@@ -337,19 +361,19 @@ class Renderer:
         except Exception as error:  # jinja's own errors, and whatever a template raises
             raise RendererError(f"the chat template refuses the dialogue: {type(error).__name__}: {error}") from error
 
-    def _render_text(self, messages: Sequence[Message], tools: Sequence[ToolSpec]) -> str:
+    def _render_text(self, messages: Sequence[Message], tools: Sequence[ToolSpec], *, prompt: bool = True) -> str:
         specs = [self._guard.clean_value(tool.to_openai()) for tool in tools]
         messages = [self._adapted(message) for message in messages]
         if not specs:
-            return self._template(messages, None)
+            return self._template(messages, None, prompt=prompt)
         if not self._ignores_tools:
-            return self._template(messages, specs)
+            return self._template(messages, specs, prompt=prompt)
         told = TOOL_PROMPT.format(tools="\n".join(json.dumps(spec["function"], ensure_ascii=False) for spec in specs))
         told = self._clean_tool_prompt(told)
         if messages[0]["role"] == "system":
             first: Message = {"role": "system", "content": f"{messages[0]['content']}\n\n{told}"}
-            return self._template([first, *messages[1:]], None)
-        return self._template([{"role": "system", "content": told}, *messages], None)
+            return self._template([first, *messages[1:]], None, prompt=prompt)
+        return self._template([{"role": "system", "content": told}, *messages], None, prompt=prompt)
 
     def _clean_tool_prompt(self, text: str) -> str:
         # Our own wording names the tags; where they are added tokens the model is told of them in letters all the same.

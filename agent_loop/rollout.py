@@ -33,6 +33,11 @@ LOOK_S = 0.05
 """The shortest time between two looks at an episode's clock."""
 
 
+def always() -> bool:
+    """The `go_on` of those who play all."""
+    return True
+
+
 def never_away() -> float:
     """The `away_s` of a server whose outages count against the episodes."""
     return 0.0
@@ -265,16 +270,17 @@ async def run_episodes(
     max_concurrent: int,
     slots: asyncio.Semaphore | None = None,
     on_episode: Callable[[Episode], None] = lambda _: None,
+    go_on: Callable[[], bool] = always,
     away_s: Callable[[], float] = never_away,
 ) -> list[Episode]:
     """Play many episodes in this process; each has an environment (`Stage`) and an actor of its own.
 
     Args:
-        max_concurrent, slots, on_episode: see `play_all`.
+        max_concurrent, slots, on_episode, go_on: see `play_all`.
         away_s: see `run_episode`.
 
     Returns:
-        The episodes in the order of the jobs.
+        The episodes that were played, in the order of the jobs.
 
     Raises:
         ValueError: `max_concurrent` below 1, or two jobs of one id.
@@ -286,7 +292,9 @@ async def run_episodes(
         return await stage.play(job, make_actor(), away_s=away_s)
 
     try:
-        return await play_all(jobs, play, max_concurrent=max_concurrent, slots=slots, on_episode=on_episode)
+        return await play_all(
+            jobs, play, max_concurrent=max_concurrent, slots=slots, on_episode=on_episode, go_on=go_on
+        )
     finally:
         await stage.aclose()
 
@@ -298,15 +306,17 @@ async def play_all(
     max_concurrent: int,
     slots: asyncio.Semaphore | None = None,
     on_episode: Callable[[Episode], None] = lambda _: None,
+    go_on: Callable[[], bool] = always,
 ) -> list[Episode]:
     """Play every job, at most `max_concurrent` at once, begun in their order.
 
     Args:
         slots: one more bound, shared with other calls that run meanwhile: an episode begins when it gets a slot.
         on_episode: called as soon as an episode ends, in the order of the endings.
+        go_on: asked before each episode; once it says no, those at play are ended and no other begins.
 
     Returns:
-        The episodes in the order of the jobs.
+        The episodes that were played, in the order of the jobs.
 
     Raises:
         ValueError: `max_concurrent` below 1, or two jobs of one id.
@@ -323,6 +333,8 @@ async def play_all(
     async def player() -> None:
         for index, job in queue:
             async with slots or nullcontext():
+                if not go_on():
+                    return
                 done[index] = episode = await play(job)
             on_episode(episode)
 
@@ -332,7 +344,7 @@ async def play_all(
                 group.create_task(player())
     except BaseExceptionGroup as failed:
         raise failed.exceptions[0] from None  # the first: the others are its consequence or its like
-    return [done[index] for index in range(len(jobs))]
+    return [done[index] for index in sorted(done)]
 
 
 async def _close(env: ToolEnv) -> None:

@@ -67,8 +67,11 @@ class TraceBuilder:
         self._topk.extend(completion.topk or [None] * len(completion.token_ids))
         return start, len(self._ids)
 
-    def add_written(self, token_ids: Sequence[int], *, turn: int) -> tuple[int, int]:
-        """Append a turn that nobody sampled (an edited one of a fork): never trained on, without log-probabilities.
+    def add_written(self, token_ids: Sequence[int], *, turn: int, trained: bool = False) -> tuple[int, int]:
+        """Append a turn that nobody sampled here (an edited one of a fork, a demonstration): without log-probabilities.
+
+        Args:
+            trained: for supervised training alone, and only where no turn of the trace was sampled.
 
         Returns:
             As `add_completion`.
@@ -80,7 +83,7 @@ class TraceBuilder:
             raise ValueError(f"TraceBuilder: turn {turn} was written behind a prompt that is answered already")
         self._answered = True
         start = len(self._ids)
-        self._grow(token_ids, SegmentSource.ASSISTANT, turn)
+        self._grow(token_ids, SegmentSource.ASSISTANT, turn, trained)
         self._versions.extend([None] * len(token_ids))
         self._topk.extend([None] * len(token_ids))
         return start, len(self._ids)

@@ -146,7 +146,7 @@ class TokenTrace:
     loss_mask: list[bool]
     """[L] True on the tokens to train on: sampled ones only."""
     sampling_logprobs: list[float | None]
-    """[L] by the student's server, at sampling; None where not sampled."""
+    """[L] by the student's server, at sampling; None where not sampled, and everywhere in a demonstration."""
     segments: list[Segment]
     """Tile [0, L) in order, none of them empty."""
     teacher_logprobs: list[float | None] | None = None
@@ -203,8 +203,9 @@ class TokenTrace:
             for i, value in enumerate(values or ()):
                 if value is not None and not (math.isfinite(value) and value <= 1e-4):
                     raise ValueError(f"TokenTrace: {name}[{i}] is {value!r}, not a finite number <= 0")
+        sampled = any(value is not None for value in self.sampling_logprobs)  # else a demonstration, for `distill.sft`
         for i, trained in enumerate(self.loss_mask):
-            if trained and self.sampling_logprobs[i] is None:
+            if trained and sampled and self.sampling_logprobs[i] is None:
                 raise ValueError(f"TokenTrace: token {i} is to be trained on but has no sampling log-probability")
 
 

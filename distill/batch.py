@@ -143,9 +143,12 @@ class _Rows:
     """1, or with `turn_balance` more in turns of few tokens."""
 
 
-def collate(items: Sequence[TrainItem], *, packed: bool) -> Batch:
+def collate(items: Sequence[TrainItem], *, packed: bool, scored: bool = True) -> Batch:
     """Lay traces end to end (`packed`) or pad them on the right, and gather their trained rows, trace by trace in
     order.
+
+    Args:
+        scored: False for supervised training, which reads no scores: they are NaN, whatever the traces hold.
 
     Raises:
         ValueError: no items; a trained token without a teacher or sampling score, at position 0, or, where one trace
@@ -153,7 +156,7 @@ def collate(items: Sequence[TrainItem], *, packed: bool) -> Batch:
     """
     if not items:
         raise ValueError("collate: no traces")
-    rows = [_rows_of(item) for item in items]
+    rows = [_rows_of(item, scored=scored) for item in items]
     lengths = np.array([len(row.input_ids) for row in rows])
     counts = [len(row.positions) for row in rows]
     if packed:
@@ -170,7 +173,7 @@ def collate(items: Sequence[TrainItem], *, packed: bool) -> Batch:
     def joined(name: str) -> torch.Tensor:
         return torch.from_numpy(np.concatenate([getattr(row, name) for row in rows]))
 
-    topk_ids, topk_logprobs = _topk_of(items, rows)
+    topk_ids, topk_logprobs = _topk_of(items, rows) if scored else (None, None)
     return Batch(
         input_ids_BT=torch.from_numpy(inputs),
         boundaries=torch.from_numpy(np.append(0, lengths.cumsum())) if packed else None,
@@ -190,7 +193,7 @@ def collate(items: Sequence[TrainItem], *, packed: bool) -> Batch:
     )
 
 
-def _rows_of(item: TrainItem) -> _Rows:
+def _rows_of(item: TrainItem, *, scored: bool) -> _Rows:
     trace = item.trace
     ids = np.array(trace.token_ids, dtype=np.int64)
     positions = np.flatnonzero(np.array(trace.loss_mask, dtype=bool))
@@ -198,17 +201,7 @@ def _rows_of(item: TrainItem) -> _Rows:
         raise ValueError(f"{item.where}: no token is trained")
     if positions[0] == 0:
         raise ValueError(f"{item.where}: token 0 is to be trained on, but nothing predicts it")
-    if trace.teacher_logprobs is None:
-        raise ValueError(f"{item.where}: the teacher has not scored it")
-    scores = {}
-    for name, values in (("teacher", trace.teacher_logprobs), ("sampling", trace.sampling_logprobs)):
-        scores[name] = np.array(values, dtype=np.float32)[positions]  # None becomes nan
-        missing = np.flatnonzero(np.isnan(scores[name]))
-        if len(missing):
-            raise ValueError(
-                f"{item.where}: token {positions[missing[0]]} is to be trained on but has no {name} log-probability "
-                f"({len(missing)} of {len(positions)} tokens)"
-            )
+    scores = _scores_of(item, positions) if scored else dict.fromkeys(("teacher", "sampling"), _unscored(positions))
     turns = np.zeros(len(ids), dtype=np.int64)
     for segment in trace.segments:
         if segment.source is SegmentSource.ASSISTANT:
@@ -235,6 +228,27 @@ def _rows_of(item: TrainItem) -> _Rows:
         classes=classes[positions],
         weights=weights,
     )
+
+
+def _scores_of(item: TrainItem, positions: np.ndarray) -> dict[str, np.ndarray]:
+    """[n] log-probabilities by the teacher and at sampling."""
+    trace = item.trace
+    if trace.teacher_logprobs is None:
+        raise ValueError(f"{item.where}: the teacher has not scored it")
+    scores = {}
+    for name, values in (("teacher", trace.teacher_logprobs), ("sampling", trace.sampling_logprobs)):
+        scores[name] = np.array(values, dtype=np.float32)[positions]  # None becomes nan
+        missing = np.flatnonzero(np.isnan(scores[name]))
+        if len(missing):
+            raise ValueError(
+                f"{item.where}: token {positions[missing[0]]} is to be trained on but has no {name} log-probability "
+                f"({len(missing)} of {len(positions)} tokens)"
+            )
+    return scores
+
+
+def _unscored(positions: np.ndarray) -> np.ndarray:
+    return np.full(len(positions), np.nan, dtype=np.float32)
 
 
 def _topk_of(items: Sequence[TrainItem], rows: Sequence[_Rows]) -> tuple[torch.Tensor | None, torch.Tensor | None]:

@@ -25,6 +25,7 @@ class Interrupted(Exception):
 
 def exit_code_of(error: BaseException) -> int | None:
     """None: not a known failure, but a bug."""
+    from agent_loop.evaluate import UsageError
     from agent_loop.renderer import RendererError
     from agent_loop.scoring import ScoringError
     from agent_loop.transport import TransportError
@@ -54,7 +55,16 @@ def exit_code_of(error: BaseException) -> int | None:
         return error.code
     codes: list[tuple[tuple[type[BaseException], ...], int]] = [
         (
-            (ConfigError, BuildError, EndpointError, ExportError, WorkersError, RegistryError, RendererError),
+            (
+                ConfigError,
+                UsageError,
+                BuildError,
+                EndpointError,
+                ExportError,
+                WorkersError,
+                RegistryError,
+                RendererError,
+            ),
             EXIT_USAGE,
         ),
         ((CheckFailed,), EXIT_CHECK),

@@ -23,6 +23,12 @@ import torch
 from distill.config import LossConfig
 from distill.types import Batch, LossOutput
 
+
+class SupervisedLoss(LossConfig):
+    """-log p_student of given tokens, whoever wrote them: what `python -m distill.sft` makes small. No `loss.type` of a
+    run, whose tokens are the student's own; like `sampled`, it reads the target's log-probability alone."""
+
+
 MAX_HEAD_MASS = 1 - 1e-6
 """Bounds the logarithms of the tail's mass. It enters the baseline alone, which no expectation depends on."""
 
@@ -101,9 +107,11 @@ def row_losses(student: StudentRows, batch: Batch, config: LossConfig) -> tuple[
     Returns:
         The losses, and per row, without gradient and in nats: `teacher_kl` (s - t), `k2`, `k3`, `entropy`, `ratio` (r),
         `clipped` (1 where the cap acted), `mismatch` (s at the sampling temperature - b), and with `advantage_clip`
-        `advantage_clipped` (1 where it acted).
+        `advantage_clipped` (1 where it acted). Of a `SupervisedLoss`: `nll` (-s) and `entropy`.
     """
     s_N = student.s_N
+    if isinstance(config, SupervisedLoss):
+        return -batch.weights_N.to(s_N) * s_N, {"nll": -s_N.detach(), "entropy": student.entropy_N.detach()}
     t_N, b_N = batch.teacher_logprobs_N.to(s_N), batch.sampling_logprobs_N.to(s_N)
     with torch.no_grad():
         raw_ratio_N = (s_N - b_N).exp()

@@ -29,6 +29,8 @@ from pathlib import Path
 from typing import Any
 
 RESUMABLE = "run.json"
+SUPERVISED = "sft"
+"""The `kind` in the `run.json` of `distill.sft`; runs of `distill.run` have none."""
 
 
 class RunDirError(Exception):
@@ -75,6 +77,11 @@ class RunDir:
         if not (path / RESUMABLE).is_file():
             raise RunDirError(f"{path} holds no run (no {RESUMABLE}). See the folders under runs/.")
         run = cls(path, attempt=1)
+        if run.record().get("kind") == SUPERVISED:
+            raise RunDirError(
+                f"{path} is a run of distill.sft, which is not resumed. Start another, or a distill.run, from what it "
+                f"made: --student.model {path}/checkpoints/step_.../model"
+            )
         run._lock()
         run.attempt = int(run.record().get("attempt", 1)) + 1
         run.note(status="resumed")

@@ -15,6 +15,7 @@ from torch import nn
 from agent_loop.types import Episode
 from distill.batch import TrainItem, collate, group_advantages, items_of
 from distill.config import RunConfig
+from distill.loss import SupervisedLoss
 from distill.metrics import Metrics
 from distill.optim import Optimizer
 from distill.ranks import Ranks
@@ -63,6 +64,8 @@ class Student:
             ValueError: it cannot be split over ranks.
         """
         self.config = config
+        self.loss = config.loss
+        """What is made small."""
         self.ranks = ranks or Ranks()
         self.tokenizer = tokenizer
         switch_off_dropout(model)
@@ -140,6 +143,14 @@ class Student:
         dtype = dtype_of(self.config.teacher.dtype, self.device.type)
         self.set_teacher(AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True))
 
+    def supervise(self) -> None:
+        """From now on train on the tokens of the episodes as they stand, whoever wrote them: no scores are read."""
+        self.loss = SupervisedLoss()
+
+    @property
+    def is_supervised(self) -> bool:
+        return isinstance(self.loss, SupervisedLoss)
+
     # --- one step
 
     def train_step(self, episodes: Sequence[Episode], *, step: int) -> Metrics:
@@ -149,7 +160,7 @@ class Student:
         nothing but the order of floating-point sums.
 
         Args:
-            episodes: scored by the teacher; those without a trained token contribute nothing.
+            episodes: scored by the teacher, but for `supervise`; those without a trained token contribute nothing.
             step: 1, 2, ...; decides the learning rate.
 
         Returns:
@@ -165,9 +176,8 @@ class Student:
 
     def _train_step(self, episodes: Sequence[Episode], step: int) -> Metrics:
         began = time.monotonic()
-        loss_config = self.config.loss
-        advantages = group_advantages(episodes, loss_config.adv_norm) if loss_config.adv_tau else None
-        items = items_of(episodes, advantages, turn_balance=loss_config.turn_balance)
+        advantages = group_advantages(episodes, self.loss.adv_norm) if self.loss.adv_tau else None
+        items = items_of(episodes, advantages, turn_balance=self.loss.turn_balance)
         num_trained = sum(item.trace.num_trained for item in items)
         if not num_trained:
             raise NumericError(f"step {step}: no trained token in {_names([e.id for e in episodes])}")
@@ -199,7 +209,7 @@ class Student:
         try:
             packed = self.ranks.agree(self.padded_because) is None
             for group, counts in self.ranks.share(items, self.config.optim.micro_batch_tokens, packed=packed):
-                batch = collate(group, packed=packed)
+                batch = collate(group, packed=packed, scored=not self.is_supervised)
                 loss += self._accumulate(batch, counts, num_trained, rows, episodes, step)
             grad_norm = self.optimizer.clip()
             if not grad_norm < float("inf"):
@@ -229,7 +239,7 @@ class Student:
     ) -> float:
         """Add one micro-batch to the gradients; returns its part of the loss. One that does not count adds zeros."""
         loss, metrics_N = self.rows(
-            batch, Objective(self.config.loss, num_trained, self._teacher, self.config.rollout.temperature)
+            batch, Objective(self.loss, num_trained, self._teacher, self.config.rollout.temperature)
         )
         if not counts:
             loss = loss * 0.0
@@ -237,7 +247,12 @@ class Student:
         value = float(loss.detach())
         problem = None
         if not abs(value) < float("inf"):
-            bad_N = ~torch.stack([metrics_N[n] for n in ("teacher_kl", "ratio")]).isfinite().all(0).cpu()
+            bad_N = (
+                ~torch.stack([metrics_N[n] for n in ("teacher_kl", "ratio", "nll") if n in metrics_N])
+                .isfinite()
+                .all(0)
+                .cpu()
+            )
             suspects = batch.episodes_N[bad_N] if bad_N.any() else batch.episodes_N
             ids = [episodes[i].id for i in dict.fromkeys(suspects.tolist())]
             problem = f"step {step}: the loss is {value} in {_names(ids)}. The weights are unchanged."
@@ -266,10 +281,11 @@ class Student:
 
     def _refuse_no_op(self, rows: StepRows, grad_norm: float, step: int) -> None:
         """A run in which the teacher's signal never reaches the weights looks healthy for hours; say so at once."""
-        largest = self.ranks.largest(rows.largest_kl())
-        if grad_norm == 0 and largest > 0 and self.config.loss.teacher_tau:
+        largest = self.ranks.largest(rows.largest_signal())
+        if grad_norm == 0 and largest > 0 and self.loss.teacher_tau:
+            who = "student and demonstrations" if self.is_supervised else "student and teacher"
             raise NumericError(
-                f"step {step}: student and teacher differ by up to {largest:.3g} nats on trained tokens, and yet the "
+                f"step {step}: {who} differ by up to {largest:.3g} nats on trained tokens, and yet the "
                 f"gradient is exactly 0: this run would learn nothing. Are the {len(self.parameters)} trained tensors "
                 "cut off from the output (student.lora.target_modules), or is the student certain of every token?"
             )

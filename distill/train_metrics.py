@@ -37,13 +37,18 @@ class StepRows:
         rows_MN = ranks.gather(table_MN)
         self._parts = [dict(zip(names, rows_MN, strict=True))]
 
-    def largest_kl(self) -> float:
-        """Largest absolute difference of student's and teacher's log-probability of a trained token, in nats."""
-        return max(float(np.abs(part["teacher_kl"]).max(initial=0.0)) for part in self._parts)
+    def largest_signal(self) -> float:
+        """Largest absolute difference of student's and teacher's log-probability of a trained token, in nats;
+        supervised, the largest -log p_student."""
+        return max(
+            float(np.abs(part["nll"] if "nll" in part else part["teacher_kl"]).max(initial=0.0)) for part in self._parts
+        )
 
     def reduce(self, episodes: Sequence[Episode]) -> Metrics:
         """Means and percentiles over all rows; None where a number overflows."""
         rows = {name: np.concatenate([part[name] for part in self._parts]) for name in self._parts[0]}
+        if "nll" in rows:
+            return _supervised(rows)
         kl, mismatch = rows["teacher_kl"], rows["mismatch"]
         p50, p90, p99 = np.percentile(kl, [50, 90, 99])
         with np.errstate(over="ignore"):
@@ -79,3 +84,13 @@ class StepRows:
             # A data set called "answer" must not replace the number of the token class.
             metrics[f"teacher_kl/dataset_{dataset}" if name in metrics else name] = kl[row_datasets == dataset].mean()
         return {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
+
+
+def _supervised(rows: dict[str, np.ndarray]) -> Metrics:
+    """Of rows without a teacher."""
+    metrics: Metrics = {"nll": float(rows["nll"].mean()), "entropy": float(rows["entropy"].mean())}
+    for index, token_class in enumerate(TokenClass):
+        of_class = rows["nll"][rows["class"] == index]
+        if len(of_class):
+            metrics[f"nll/{token_class.value}"] = float(of_class.mean())
+    return metrics

@@ -15,6 +15,8 @@ HEAVY = {"torch", "transformers", "renderers", "tokenizers", "datasets", "pyarro
 COMMANDS = [
     ("-m", "distill.run"),
     ("-m", "distill.check"),
+    ("-m", "distill.collect"),
+    ("-m", "distill.sft"),
     ("-m", "distill.export"),
     ("-m", "distill.track"),
     ("-m", "distill.config"),

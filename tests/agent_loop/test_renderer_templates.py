@@ -10,8 +10,8 @@ from tokenizers import AddedToken, normalizers
 from transformers import AutoTokenizer
 
 from agent_loop.renderer import Renderer, RendererError, load_renderer
-from envs.types import Message
-from tools.types import ToolSpec
+from envs.types import AssistantMessage, Message
+from tools.types import ToolCall, ToolSpec
 
 TOOL = ToolSpec(name="add", description="d", parameters={"type": "object", "properties": {"a": {"type": "integer"}}})
 
@@ -241,3 +241,31 @@ def test_a_family_closes_an_open_thought_with_glue(shared_data: Path) -> None:
     assert cut.tool_ids == whole.tool_ids
     with pytest.raises(RendererError, match="control token"):
         renderer.extend([renderer.close_id], "stop", results("a <|im_end|> b"))
+
+
+@pytest.mark.parametrize("reasoning", [None, "So 12\nand 7."])
+def test_what_is_written_reads_as_what_was_said(renderer: Renderer, reasoning: str | None) -> None:
+    """`write` is the other way of `parse`, for every tokenizer; a template without think blocks loses them."""
+    call = ToolCall(id="call_0_0", name="add", arguments={"a": 12, "b": {"é": ["}", "<b>"]}}, raw="")
+    for said in (
+        AssistantMessage(content="It is\n\n19. é", reasoning=reasoning),
+        AssistantMessage(content="", reasoning=reasoning, tool_calls=(call,)),
+        AssistantMessage(content="Now:", reasoning=reasoning, tool_calls=(call, call)),
+    ):
+        (message,) = renderer.clean([said.to_message()])
+        ids = renderer.write(message, (TOOL,))
+        assert ids[-1] == renderer.close_id
+        assert ids.count(renderer.close_id) == 1
+        read = renderer.parse(ids, 0, "stop").message
+        assert (read.content, read.finished) == (said.content, True)
+        assert [(c.name, c.arguments) for c in read.tool_calls] == [(c.name, c.arguments) for c in said.tool_calls]
+        assert (read.reasoning or None) in (reasoning, None)
+
+
+def test_a_template_that_asks_inside_a_think_block_and_drops_it_is_refused(tiny_tokenizer: Path) -> None:
+    asks = "<|im_start|>assistant\\n"
+    renderer = renderer_of(
+        tiny_tokenizer, template=CHATML.replace("BODY", "{{ m.content }}").replace(asks, asks + "<think>\\n")
+    )
+    with pytest.raises(RendererError, match="behind its own generation prompt"):
+        renderer.write({"role": "assistant", "content": "19"})
