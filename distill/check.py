@@ -315,6 +315,9 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as problem:
         fail(str(problem))
         return EXIT_USAGE
+    if loaded.config.episodes is not None:
+        fail("with stored episodes, the checks are those of: python -m distill.run --episodes ... --dry-run")
+        return EXIT_USAGE
     findings: list[Finding] = []
 
     async def ask() -> None:

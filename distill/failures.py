@@ -43,6 +43,7 @@ def exit_code_of(error: BaseException) -> int | None:
     from distill.serving.fleet import ServerLost
     from distill.serving.vllm import LaunchError
     from distill.step import TooManyDropped
+    from distill.stored import StoredError
     from distill.student import NumericError, OutOfMemory
     from distill.types import TeacherError
     from distill.watch import AlarmStop
@@ -58,7 +59,7 @@ def exit_code_of(error: BaseException) -> int | None:
             EXIT_USAGE,
         ),
         ((CheckFailed,), EXIT_CHECK),
-        ((TaskError, PageStoreError, DataChanged), EXIT_DATA),
+        ((TaskError, PageStoreError, DataChanged, StoredError), EXIT_DATA),
         ((OutOfMemory,), EXIT_MEMORY),
         ((ServerLost,), EXIT_OUTAGE),
         ((LaunchError, TooManyDropped, TransportError, ScoringError, PolicyError, TeacherError), EXIT_SERVER),

@@ -16,6 +16,7 @@ COMMANDS = [
     ("-m", "distill.run"),
     ("-m", "distill.check"),
     ("-m", "distill.export"),
+    ("-m", "distill.score"),
     ("-m", "distill.track"),
     ("-m", "distill.config"),
     ("-m", "distill.import_config"),
