@@ -196,7 +196,7 @@ def _open(arguments: argparse.Namespace, console: Console) -> tuple[CachedTeache
     from distill.endpoints import api_key
     from distill.score_cache import CachedTeacher, ScoreCache
 
-    embedded = arguments.base_url is None
+    base_url, embedded = _address(arguments.base_url), arguments.base_url is None
     try:
         path = models.resolve(arguments.teacher, progress=console.say) if embedded else arguments.teacher
     except models.ModelNameError as error:
@@ -223,7 +223,7 @@ def _open(arguments: argparse.Namespace, console: Console) -> tuple[CachedTeache
         tools = list(_tools_of(arguments.env))
     key = api_key(arguments.api_key_env)
     dtype, device = _placed()
-    identity: dict[str, Any] = {"teacher": str(path), "base_url": arguments.base_url, "top_k": arguments.top_k}
+    identity: dict[str, Any] = {"teacher": str(path), "base_url": base_url, "top_k": arguments.top_k}
     if isinstance(path, Path):
         identity |= {"teacher": str(path.resolve()), "files": _stats(path), "dtype": dtype, "device": device}
     if renderer is not None:
@@ -236,8 +236,8 @@ def _open(arguments: argparse.Namespace, console: Console) -> tuple[CachedTeache
         from distill.teacher import HttpTeacher
 
         transport: Transport
-        if arguments.base_url is not None:
-            transport, name = HttpTransport(arguments.base_url, key, retry_deadline_s=RETRY_S), arguments.teacher
+        if base_url is not None:
+            transport, name = HttpTransport(base_url, key, retry_deadline_s=RETRY_S), arguments.teacher
         else:
             engine = EmbeddedEngine.from_pretrained(
                 path, name="teacher", dtype=dtype, device=device, max_logprobs=max(20, arguments.top_k)
@@ -258,6 +258,21 @@ def _open(arguments: argparse.Namespace, console: Console) -> tuple[CachedTeache
     cache = ScoreCache((arguments.cache or models.cache_folder()) / "scores", identity)
     teacher = CachedTeacher(make, cache, top_k=arguments.top_k, sees_task=system_prompt is not None)
     return teacher, None if tokenizer is None else _decoder(tokenizer)
+
+
+def _address(base_url: str | None) -> str | None:
+    """As the configuration takes one: no password in it, no slash at its end."""
+    from pydantic import ValidationError
+
+    from distill.config import TeacherConfig
+
+    if base_url is None:
+        return None
+    try:
+        urls = TeacherConfig(base_url=(base_url,)).base_url
+    except ValidationError as error:
+        raise ConfigError([f"--base-url: {found['msg']}" for found in error.errors()]) from error
+    return urls[0] if urls else None
 
 
 def _placed() -> tuple[str, str]:
