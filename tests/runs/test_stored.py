@@ -93,6 +93,7 @@ def test_a_stored_run_is_training_on_its_episodes(offline: Workplace, played: Pa
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_resume_goes_on_as_if_it_had_never_stopped(offline: Workplace, played: Path) -> None:
     stored = offline.path / "stored.jsonl"
     rows = copied(played, stored)
@@ -100,14 +101,14 @@ def test_resume_goes_on_as_if_it_had_never_stopped(offline: Workplace, played: P
     offline.run("--run-id", "whole", *flags, check=True)
     offline.run("--run-id", "halved", *flags, "--steps", "2", check=True)
     halved = offline.path / "runs" / "halved"
-    offline.run("--resume", str(halved), "--steps", "4", check=True)
+    offline.run("--resume", str(halved), *flags, "--steps", "4", check=True)
     whole = weights(offline.path / "runs" / "whole", 4)
     assert all(torch.equal(tensor, whole[name]) for name, tensor in weights(halved, 4).items())
     assert [line["teacher_kl"] for line in offline.lines("halved")] == [
         line["teacher_kl"] for line in offline.lines("whole")
     ]
     write(stored, rows[1:])
-    refused = offline.run("--resume", str(halved), "--steps", "5")
+    refused = offline.run("--resume", str(halved), *flags, "--steps", "5")
     assert refused.returncode == 4
     assert "has 11 episodes, it had 12" in refused.stderr
 
