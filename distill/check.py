@@ -316,7 +316,9 @@ def main(argv: list[str] | None = None) -> int:
         fail(str(problem))
         return EXIT_USAGE
     if loaded.config.episodes is not None:
-        fail("with stored episodes, the checks are those of: python -m distill.run --episodes ... --dry-run")
+        fail(
+            "stored episodes are checked by distill.run before its first step; its --dry-run checks all but the vocabulary"
+        )
         return EXIT_USAGE
     findings: list[Finding] = []
 

@@ -231,6 +231,8 @@ def _open(arguments: argparse.Namespace, console: Console) -> tuple[CachedTeache
         identity |= {"system_prompt": system_prompt, "tokenizer": renderer.fingerprint, "tools": specs}
 
     def make(stack: AsyncExitStack) -> HttpTeacher:
+        import transformers
+
         from agent_loop.transport import AsgiTransport, HttpTransport, Transport
         from distill.serving.embedded import EmbeddedEngine
         from distill.teacher import HttpTeacher
@@ -239,6 +241,7 @@ def _open(arguments: argparse.Namespace, console: Console) -> tuple[CachedTeache
         if base_url is not None:
             transport, name = HttpTransport(base_url, key, retry_deadline_s=RETRY_S), arguments.teacher
         else:
+            transformers.utils.logging.disable_progress_bar()
             engine = EmbeddedEngine.from_pretrained(
                 path, name="teacher", dtype=dtype, device=device, max_logprobs=max(20, arguments.top_k)
             )
