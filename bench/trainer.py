@@ -5,7 +5,9 @@
 
 A step is everything: episodes, the teacher, the update, and for us the publication of the weights. Each way is a
 process of its own, float32, all cores, the same learning rate; the first two steps are left out. Trained tokens are the
-sampled ones, tool output masked, on both sides. TRL has to be installed (`pip install trl`), or ours stands alone.
+sampled ones, tool output masked, on both sides. Training alone is a step without its episodes and without the teacher:
+the student's forward and backward pass, loss and optimiser. TRL has to be installed (`pip install trl`), or ours
+stands alone.
 
 python -m bench.trainer [--steps 8] [--episodes 32] [--quick]
 """
@@ -78,6 +80,7 @@ def ours(folder: Path, case: str, steps: int, episodes: int) -> dict[str, float]
         "tokens_per_s": sum(line["train/tokens"] for line in lines) / sum(line["time/step"] for line in lines),
         "seconds": median(line["time/step"] for line in lines),
         "train_seconds": median(line["time/train"] for line in lines),
+        "train_tokens_per_s": sum(line["train/tokens"] for line in lines) / sum(line["time/train"] for line in lines),
         "tokens": median(line["train/tokens"] for line in lines),
     }
 
@@ -98,11 +101,22 @@ def trl(folder: Path, case: str, steps: int, episodes: int) -> dict[str, float]:
     counted: list[int] = []
     ends: list[float] = []
 
+    others: list[float] = []  # seconds of a step that are not training: its episodes, its teacher
+
     class Counting(DistillationTrainer):  # type: ignore[misc]
         def _generate_and_score_completions(self, inputs: Any) -> Any:
+            began = time.perf_counter()
             output = super()._generate_and_score_completions(inputs)
             counted.append(int(output["num_items_in_batch"]))
+            others.append(time.perf_counter() - began)
             return output
+
+        def _get_last_hidden_state(self, *arguments: Any, **options: Any) -> Any:
+            began = time.perf_counter()
+            hidden = super()._get_last_hidden_state(*arguments, **options)
+            if not torch.is_grad_enabled():  # the teacher's
+                others[-1] += time.perf_counter() - began
+            return hidden
 
     class Clock(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, *_: Any, **__: Any) -> None:
@@ -128,8 +142,15 @@ def trl(folder: Path, case: str, steps: int, episodes: int) -> dict[str, float]:
     )
     trainer.train()
     seconds = [after - before for before, after in zip(ends[WARM_UP - 1 :], ends[WARM_UP:], strict=False)]
-    tokens = counted[WARM_UP : WARM_UP + len(seconds)]
-    return {"tokens_per_s": sum(tokens) / sum(seconds), "seconds": median(seconds), "tokens": median(tokens)}
+    tokens, rest = counted[WARM_UP:], others[WARM_UP:]
+    training = [whole - other for whole, other in zip(seconds, rest, strict=True)]
+    return {
+        "tokens_per_s": sum(tokens) / sum(seconds),
+        "seconds": median(seconds),
+        "train_seconds": median(training),
+        "train_tokens_per_s": sum(tokens) / sum(training),
+        "tokens": median(tokens),
+    }
 
 
 def tool_functions(task: Any) -> list[Callable[..., str]]:
@@ -202,7 +223,8 @@ def main() -> None:
     if len(ways) == 1:
         print("TRL is not installed (pip install trl): ours alone")
     result: dict[str, Any] = {"bench": "trainer", "steps": steps, "episodes": episodes}
-    print(f"{'':8}{'':6}{'seconds a step':>16}{'trained tokens':>16}{'tokens/s':>10}{'peak MiB':>10}")
+    print(f"{'':8}{'':6}{'seconds a step':>16}{'trained tokens':>16}{'tokens/s':>10}{'training s':>12}", end="")
+    print(f"{'tokens/s of it':>16}{'peak MiB':>10}")
     for case in CASES:
         for way in ways:
             command = [sys.executable, "-m", "bench.trainer", "--way", way, "--case", case]
@@ -215,14 +237,19 @@ def main() -> None:
             }
             print(
                 f"{case:8}{way:6}{found['seconds']:16.2f}{found['tokens']:16.0f}{found['tokens_per_s']:10.0f}"
-                f"{found['peak_mib']:10.0f}"
+                f"{found['train_seconds']:12.3f}{found['train_tokens_per_s']:16.0f}{found['peak_mib']:10.0f}"
             )
         if len(ways) == 2:
-            ratio = result[f"{case}_ours"]["tokens_per_s"] / result[f"{case}_trl"]["tokens_per_s"]
-            result[f"tokens_per_s_vs_trl_{case}"] = round(ratio, 2)
-            print(f"{case:8}ours trains {ratio:.2f} times the tokens a second")
+            for name in ("tokens_per_s", "train_tokens_per_s"):
+                ratio = result[f"{case}_ours"][name] / result[f"{case}_trl"][name]
+                result[f"{name}_vs_trl_{case}"] = round(ratio, 2)
+            print(
+                f"{case:8}ours / TRL, trained tokens a second: {result[f'tokens_per_s_vs_trl_{case}']} of whole steps, "
+                f"{result[f'train_tokens_per_s_vs_trl_{case}']} of their training alone"
+            )
     if len(ways) == 2:
-        result["tokens_per_s_vs_trl"] = min(result[f"tokens_per_s_vs_trl_{case}"] for case in CASES)
+        for name in ("tokens_per_s_vs_trl", "train_tokens_per_s_vs_trl"):
+            result[name] = min(result[f"{name}_{case}"] for case in CASES)
     print(json.dumps(result))
 
 
