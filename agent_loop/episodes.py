@@ -131,15 +131,24 @@ def read_episodes(path: Path) -> Iterator[Episode | BadLine]:
     """All lines of a file, in order: an episode, or why it is none."""
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
-            if not raw.strip():
-                continue
-            try:
-                yield episode_from_json(json.loads(raw, parse_constant=_refuse))
-            except RecursionError:
-                yield BadLine(number, "nested too deeply")
-            except ValueError as error:
-                torn = "" if raw.endswith(b"\n") else "torn: "
-                yield BadLine(number, f"{torn}{error}"[:500])
+            if raw.strip():
+                yield read_line(raw, number)
+
+
+def read_line(raw: bytes, number: int) -> Episode | BadLine:
+    """One line of a file, which is not empty: an episode, or why it is none.
+
+    Args:
+        raw: with its newline.
+        number: from 1.
+    """
+    try:
+        return episode_from_json(json.loads(raw, parse_constant=_refuse))
+    except RecursionError:
+        return BadLine(number, "nested too deeply")
+    except ValueError as error:
+        torn = "" if raw.endswith(b"\n") else "torn: "
+        return BadLine(number, f"{torn}{error}"[:500])
 
 
 def _refuse(constant: str) -> Any:

@@ -53,12 +53,22 @@ class BuildError(Exception):
 
 
 @dataclass(slots=True, kw_only=True)
-class Parts:
-    """Everything that a run is made of."""
+class Core:
+    """What every run has, whether it plays episodes or trains on stored ones."""
 
     config: RunConfig
-    renderer: Renderer
     student: Student
+    task_sets: Sequence[TaskSet] = ()
+    """What the data were when they were read."""
+    lost: list[asyncio.Future[None]] = field(default_factory=list)
+    """Futures that get an exception when work must not be waited for any longer, beside those of the fleets."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Parts(Core):
+    """Everything that a run which plays its episodes is made of."""
+
+    renderer: Renderer
     student_endpoint: Endpoint
     teacher_endpoint: Endpoint
     policy: VllmPolicy
@@ -75,10 +85,6 @@ class Parts:
     """`rollout.max_concurrent`, over the episodes of all steps and evaluations that are in play at once."""
     activity: Activity = field(default_factory=Activity)
     """Seconds in which rollouts and teacher were at work."""
-    task_sets: Sequence[TaskSet] = ()
-    """What `train_tasks` and `eval_tasks` were when they were read."""
-    lost: list[asyncio.Future[None]] = field(default_factory=list)
-    """Futures that get an exception when work must not be waited for any longer, beside those of the fleets."""
     workers: RayWorkers | None = None
     """Where episodes are played; None: in this process."""
 

@@ -315,6 +315,11 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as problem:
         fail(str(problem))
         return EXIT_USAGE
+    if loaded.config.episodes is not None:
+        fail(
+            "stored episodes are checked by distill.run before its first step; its --dry-run checks all but the vocabulary"
+        )
+        return EXIT_USAGE
     findings: list[Finding] = []
 
     async def ask() -> None:

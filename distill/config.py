@@ -473,9 +473,13 @@ class RunConfig(Section):
     """All settings of a run."""
 
     env: Text
-    """Name of a registered environment (`python -m envs list`) or path of an environment's folder."""
+    """Name of a registered environment (`python -m envs list`) or path of an environment's folder. Not needed with
+    `episodes`."""
     env_args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the environment: `[env_args]`, `max_hops = 2`, or `--env_args.max_hops 2`."""
+    episodes: Text | None = None
+    """Train on stored, scored episodes: a JSONL file, a folder of them, or a run (docs/episodes.md). Nothing is played,
+    asked, published or evaluated. none: episodes are played."""
     skip_verification: bool = True
     """Graders are neither built nor called in training, and no reward is computed."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -505,6 +509,14 @@ class RunConfig(Section):
     def teacher_model(self) -> str:
         """`teacher.model`, or the student's where it is not given."""
         return self.teacher.model or self.student.model
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_env(cls, values: Any) -> Any:
+        """Stored episodes say where they were played; the run takes their name."""
+        if isinstance(values, dict) and values.get("episodes") is not None:
+            return {"env": "episodes", **values}
+        return values
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:

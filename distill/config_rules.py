@@ -43,7 +43,8 @@ def problems_of(config: RunConfig) -> Iterator[Problem]:
     """What cannot hold together."""
     student, teacher, rollout, loss = config.student, config.teacher, config.rollout, config.loss
     in_process = teacher.base_url is None and teacher.server is None and not teacher.on_student_server
-    if teacher.model is None and teacher.system_prompt is None and in_process and loss.teacher_tau:
+    asks = config.episodes is None or loss.type == "full"
+    if asks and teacher.model is None and teacher.system_prompt is None and in_process and loss.teacher_tau:
         yield Problem(
             ("teacher.model", "teacher.system_prompt", "teacher.base_url"),
             "not given, so the teacher would be the student itself and teach nothing; name a model, or give "
@@ -92,7 +93,13 @@ def problems_of(config: RunConfig) -> Iterator[Problem]:
             f"is {rollout.curriculum.start}, more than rollout.max_turns ({rollout.max_turns})",
         )
     yield from _server_problems(config)
-    if loss.adv_tau > 0 and config.skip_verification:
+    if config.episodes is not None and loss.adv_tau > 0:
+        yield Problem(
+            ("loss.adv_tau", "episodes"),
+            f"is {loss.adv_tau}, but an advantage compares the episodes of a task in one step, and stored episodes are "
+            "taken one by one; take 0",
+        )
+    if config.episodes is None and loss.adv_tau > 0 and config.skip_verification:
         yield Problem(
             ("loss.adv_tau", "skip_verification"),
             f"is {loss.adv_tau}, but skip_verification is true: there is no reward to take an advantage from; "
@@ -195,7 +202,8 @@ def _server_problems(config: RunConfig) -> Iterator[Problem]:
         yield Problem(
             ("student.weight_sync", "student.lora"), 'is "nccl", which carries full weights; adapters go by disk'
         )
-    if student.lora is not None and student.lora.quantization != "none" and not on_vllm:
+    served = config.episodes is None
+    if served and student.lora is not None and student.lora.quantization != "none" and not on_vllm:
         yield Problem(
             ("student.lora.quantization", "student.server"),
             f'is "{student.lora.quantization}", but the embedded engine serves whole weights; publish the adapter to a '
@@ -242,7 +250,7 @@ def notes_of(config: RunConfig) -> Iterator[str]:
     if config.loss.adv_tau > 0 and rollout.group_size == 1:
         yield "loss.adv_tau is above 0 with rollout.group_size 1: an advantage within a group of one is always 0"
     own = config.teacher.model == config.student.model or (config.teacher.model is None and not config.teacher.base_url)
-    if own and config.teacher.system_prompt is None and config.loss.teacher_tau:
+    if config.episodes is None and own and config.teacher.system_prompt is None and config.loss.teacher_tau:
         yield "teacher.model is the student's own and has no system_prompt: the KL is 0 and nothing is learnt"
     lora, server = config.student.lora, config.student.server
     if (

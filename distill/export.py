@@ -187,4 +187,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from distill.export import main as imported  # so that its `ExportError` is the one that `failures` knows
+
+    sys.exit(imported())

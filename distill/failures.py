@@ -36,6 +36,7 @@ def exit_code_of(error: BaseException) -> int | None:
     from distill.config_load import ConfigError
     from distill.endpoints import EndpointError
     from distill.export import ExportError
+    from distill.models import ModelNameError
     from distill.publish import PublishError
     from distill.ranks import RankError
     from distill.ray_cluster import WorkersError
@@ -44,6 +45,7 @@ def exit_code_of(error: BaseException) -> int | None:
     from distill.serving.fleet import ServerLost
     from distill.serving.vllm import LaunchError
     from distill.step import TooManyDropped
+    from distill.stored import StoredError
     from distill.student import NumericError, OutOfMemory
     from distill.types import TeacherError
     from distill.watch import AlarmStop
@@ -61,6 +63,7 @@ def exit_code_of(error: BaseException) -> int | None:
                 BuildError,
                 EndpointError,
                 ExportError,
+                ModelNameError,
                 WorkersError,
                 RegistryError,
                 RendererError,
@@ -68,7 +71,7 @@ def exit_code_of(error: BaseException) -> int | None:
             EXIT_USAGE,
         ),
         ((CheckFailed,), EXIT_CHECK),
-        ((TaskError, PageStoreError, DataChanged), EXIT_DATA),
+        ((TaskError, PageStoreError, DataChanged, StoredError), EXIT_DATA),
         ((OutOfMemory,), EXIT_MEMORY),
         ((ServerLost,), EXIT_OUTAGE),
         ((LaunchError, TooManyDropped, TransportError, ScoringError, PolicyError, TeacherError), EXIT_SERVER),

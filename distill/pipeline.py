@@ -53,7 +53,7 @@ class Pipeline:
         self,
         parts: Parts,
         run: RunDir,
-        source: TaskSource,
+        source: TaskSource[Task],
         *,
         version: int,
         pending: Collection[int] = (),

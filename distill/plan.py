@@ -16,8 +16,11 @@ def plan(config: RunConfig) -> str:
     Raises:
         RegistryError: an environment that is not there.
         TaskError: a row that is not a task.
+        StoredError: stored episodes cannot be trained on.
         WorkersError: Ray is wanted and not installed.
     """
+    if config.episodes is not None:
+        return _plan_of_stored(config)
     check_installed(config)
     limits = config.rollout.limits()
     env = envs.make(config.env, limits=limits, skip_verification=config.skip_verification, **config.env_args)
@@ -40,6 +43,26 @@ def plan(config: RunConfig) -> str:
         f"at most {limits.max_turns} turns of {limits.max_turn_tokens} tokens; rewards {reward}",
         f"played        by {players(config)}",
         f"loss          {config.loss.type}, teacher_tau {config.loss.teacher_tau:g}, adv_tau {config.loss.adv_tau:g}",
+        f"run           {config.steps} steps, lr {config.optim.lr:g}, a checkpoint every {config.checkpoint.every}",
+    ]
+    return "\n".join(lines)
+
+
+def _plan_of_stored(config: RunConfig) -> str:
+    """A run on stored episodes; all of them are read.
+
+    Raises:
+        StoredError: they cannot be trained on.
+    """
+    from distill.stored import scan_for, summary
+
+    count = config.rollout.batch_size * config.rollout.group_size
+    lines = [
+        f"episodes      {summary(scan_for(config))}",
+        f"student       {config.student.model}"
+        + (f", LoRA rank {config.student.lora.rank}" if config.student.lora else ""),
+        f"each step     {count} of them, in an order of seed and epoch; nothing is played, asked or published",
+        f"loss          {config.loss.type}, teacher_tau {config.loss.teacher_tau:g}, rho {config.loss.rho:g}",
         f"run           {config.steps} steps, lr {config.optim.lr:g}, a checkpoint every {config.checkpoint.every}",
     ]
     return "\n".join(lines)

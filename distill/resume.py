@@ -113,7 +113,7 @@ class TaskSet:
     """What the tasks of one split are, so that another attempt can tell whether they still are."""
 
     key: str
-    """Of the configuration: `tasks.train` or `tasks.eval`."""
+    """Of the configuration: `tasks.train`, `tasks.eval` or `episodes`."""
     source: str
     """The file, or the environment whose own tasks they are."""
     num_tasks: int
@@ -124,17 +124,18 @@ class TaskSet:
     size: int | None = None
     """Of the file, in bytes; None where there is no file."""
     mtime_ns: int | None = None
+    noun: str = "tasks"
 
     def difference(self, now: TaskSet) -> str | None:
         """What has become of these tasks, in words; None if they are the same in the same order."""
         if self.sha256 == now.sha256:
             return None
         if self.sha256_sorted == now.sha256_sorted:
-            what = f"has the same {now.num_tasks} tasks in another order"
+            what = f"has the same {now.num_tasks} {now.noun} in another order"
         elif self.num_tasks != now.num_tasks:
-            what = f"has {now.num_tasks} tasks, it had {self.num_tasks}"
+            what = f"has {now.num_tasks} {now.noun}, it had {self.num_tasks}"
         else:
-            what = f"has {now.num_tasks} tasks as before, but other ones"
+            what = f"has {now.num_tasks} {now.noun} as before, but other ones"
         size = f" ({self.size} -> {now.size} bytes)" if self.size != now.size else ""
         return f"{now.source} {what}{size}"
 
@@ -142,7 +143,7 @@ class TaskSet:
         """Whether the file is not the one that was read: another size, another time, or gone."""
         if self.size is None:
             return False
-        return (self.size, self.mtime_ns) != _stat(Path(self.source))
+        return (self.size, self.mtime_ns) != stat_of(Path(self.source))
 
 
 def task_sets(config: RunConfig, train: Sequence[Task], held_out: Sequence[Task]) -> list[TaskSet]:
@@ -156,7 +157,7 @@ def task_sets(config: RunConfig, train: Sequence[Task], held_out: Sequence[Task]
 def _task_set(key: str, file: str | None, own_file: Path, env: str, tasks: Sequence[Task]) -> TaskSet:
     path = Path(file) if file is not None else own_file if own_file.is_file() else None
     hashes = [hashlib.sha256(json.dumps(task_to_row(task), sort_keys=True).encode()).digest() for task in tasks]
-    size, mtime_ns = (None, None) if path is None else _stat(path)
+    size, mtime_ns = (None, None) if path is None else stat_of(path)
     return TaskSet(
         key=key,
         source=f"environment {env!r}" if path is None else str(path.resolve()),
@@ -168,7 +169,8 @@ def _task_set(key: str, file: str | None, own_file: Path, env: str, tasks: Seque
     )
 
 
-def _stat(path: Path) -> tuple[int | None, int | None]:
+def stat_of(path: Path) -> tuple[int | None, int | None]:
+    """Size in bytes and time of the last change in ns; None where it is not there."""
     try:
         found = path.stat()
     except OSError:

@@ -22,7 +22,7 @@ from distill.follow import follow, is_follower
 from distill.stopping import TRACKERS_S, interrupt
 
 if TYPE_CHECKING:
-    from distill.build import Parts
+    from distill.build import Core, Parts
     from distill.checkpoint import Checkpoint
     from distill.config import RunConfig
     from distill.rundir import RunDir
@@ -88,7 +88,7 @@ async def train(parts: Parts, run: RunDir, console: Console, checkpoint: Checkpo
 class Saver:
     """Saves the last step that was made, once."""
 
-    def __init__(self, run: RunDir, parts: Parts, console: Console, *, step: int, cursor: int) -> None:
+    def __init__(self, run: RunDir, parts: Core, console: Console, *, step: int, cursor: int) -> None:
         self._run, self._parts, self._console = run, parts, console
         self._step, self._cursor, self._saved = step, cursor, step
         self._warned: set[str] = set()
@@ -227,6 +227,7 @@ async def run_training(
         allowed: keys whose values or contents may differ from those of the run that is resumed.
     """
     from distill.build import build, metadata_of
+    from distill.offline import StoredParts, alarms_for, build_stored, finish_stored, train_stored
     from distill.resume import point_of
     from distill.rundir import RunDir
     from distill.watch import Watch
@@ -235,16 +236,25 @@ async def run_training(
     path, wanted = point_of(resume) if resume else (Path(config.output_dir) / _run_id(config), None)
     run = RunDir.resume(path) if resume else RunDir.create(path, config.model_dump(mode="json"))
     status, tracker_s = "failed", config.tracking.finish_timeout_s
-    parts = watch = None
+    parts: Parts | StoredParts | None = None
+    watch = None
     try:
         console.say(f"run directory: {path}")
-        parts = build(config, console, path)
-        metadata, recorded = metadata_of(parts), run.last_step()
+        parts = build(config, console, path) if config.episodes is None else build_stored(config, console)
+        metadata = parts.metadata() if isinstance(parts, StoredParts) else metadata_of(parts)
+        recorded = run.last_step()
         checkpoint = continued(loaded, run, metadata, parts, console, wanted, allowed) if resume else None
         run.note(**metadata)
-        watch = Watch(config, path, console.say, resumed=checkpoint.step if checkpoint else 0, recorded=recorded)
-        await parts.student.ranks.while_whole(train(parts, run, console, checkpoint, watch))
-        finish(run, console, config.rollout.max_staleness)
+        step, cursor = (checkpoint.step, checkpoint.cursor) if checkpoint else (0, 0)
+        watched = config if config.episodes is None else alarms_for(config)
+        watch = Watch(watched, path, console.say, resumed=step, recorded=recorded)
+        if isinstance(parts, StoredParts):
+            saver = Saver(run, parts, console, step=step, cursor=cursor)
+            await parts.student.ranks.while_whole(train_stored(parts, run, console, saver, checkpoint, watch))
+            finish_stored(run, console)
+        else:
+            await parts.student.ranks.while_whole(train(parts, run, console, checkpoint, watch))
+            finish(run, console, config.rollout.max_staleness)
         status = "finished"
     except (Interrupted, KeyboardInterrupt, asyncio.CancelledError) as error:
         status, tracker_s = "interrupted", TRACKERS_S if isinstance(error, Interrupted) else 0.0
@@ -267,7 +277,7 @@ def continued(
     loaded: LoadedConfig,
     run: RunDir,
     metadata: dict[str, Any],
-    parts: Parts,
+    parts: Core,
     console: Console,
     wanted: Path | None,
     allowed: Collection[str],

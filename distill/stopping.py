@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from distill.failures import EXIT_INTERRUPT, Interrupted
 
 if TYPE_CHECKING:
-    from distill.build import Parts
+    from distill.build import Core
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 STOP_GRACE_S = 15.0
@@ -29,7 +29,7 @@ class StopFlag:
     """The first SIGINT or SIGTERM lets the step in hand finish and saves; if its episodes take longer than
     `STOP_GRACE_S`, they are given up and the step before is saved. The second stops at once."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Core) -> None:
         self.asked = False
         self._loop = asyncio.get_running_loop()
         self._late: asyncio.Future[None] = self._loop.create_future()

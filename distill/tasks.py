@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Generic, TypeVar
 
-from envs.types import Task
+T = TypeVar("T")
 
 
-class TaskSource:
-    """An endless source of tasks whose whole state is one number.
+class TaskSource(Generic[T]):
+    """An endless source of tasks, or of stored episodes, whose whole state is one number.
 
     Example:
         source = TaskSource(tasks, seed=0)
@@ -18,7 +19,7 @@ class TaskSource:
         TaskSource(tasks, seed=0, cursor=16).take(16)   # what comes next
     """
 
-    def __init__(self, tasks: Sequence[Task], *, seed: int, cursor: int = 0) -> None:
+    def __init__(self, tasks: Sequence[T], *, seed: int, cursor: int = 0) -> None:
         """
         Raises:
             ValueError: if there is no task.
@@ -35,7 +36,7 @@ class TaskSource:
         """Epochs begun and the share of the present one."""
         return self.cursor / len(self._tasks)
 
-    def take(self, count: int) -> list[Task]:
+    def take(self, count: int) -> list[T]:
         """The next `count` tasks; runs over into the next epoch."""
         taken = []
         for position in range(self.cursor, self.cursor + count):

@@ -18,6 +18,7 @@ COMMANDS = [
     ("-m", "distill.collect"),
     ("-m", "distill.sft"),
     ("-m", "distill.export"),
+    ("-m", "distill.score"),
     ("-m", "distill.track"),
     ("-m", "distill.config"),
     ("-m", "distill.import_config"),

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +88,24 @@ def test_what_cannot_be_exported(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "SHA-256" in capsys.readouterr().err
     assert not any(tmp_path.glob("*c*part*"))
     assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["distill.export", "nowhere", "--out", "out"], "error: nowhere is neither a run nor a checkpoint"),
+        (["distill.run", "--env", "medbrowse", "--student.model", "builtin:nope"], "error: no built-in model"),
+    ],
+)
+def test_a_wrong_name_is_one_line_and_no_traceback(command: list[str], message: str, tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[2]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_the_best_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
