@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import sys
 import tempfile
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
@@ -32,6 +31,7 @@ from distill.check_vllm import (
     weight_routes,
 )
 from distill.findings import CheckFailed, Finding, error, ok, warning
+from distill.follow import leave
 
 if TYPE_CHECKING:
     from agent_loop.renderer import Renderer
@@ -343,4 +343,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

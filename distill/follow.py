@@ -8,7 +8,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from distill.failures import EXIT_OK, exit_code_of
 
@@ -22,6 +22,16 @@ EXIT_BUG = 1
 def is_follower() -> bool:
     """Whether torchrun started this process as another one than rank 0."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK", "0") != "0"
+
+
+def leave(code: int) -> NoReturn:
+    """End this process. Where there are several ranks, without the interpreter's own end: a thread that still waits in
+    gloo for a partner's last word would bring the process down there, with SIGABRT and after all is done."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def follow() -> int:

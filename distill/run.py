@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import signal
-import sys
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import asdict
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from distill.config_load import ConfigError, LoadedConfig, add_config_arguments, load_from_arguments
 from distill.console import Console, fail
 from distill.failures import EXIT_OK, EXIT_USAGE, Interrupted, guarded
-from distill.follow import follow, is_follower
+from distill.follow import follow, is_follower, leave
 from distill.stopping import TRACKERS_S, interrupt
 
 if TYPE_CHECKING:
@@ -367,4 +366,4 @@ def dry_run(loaded: LoadedConfig, console: Console) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

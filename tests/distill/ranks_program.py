@@ -20,7 +20,7 @@ from training_cases import make_episodes, run_config, tiny_model, weights_of
 
 from distill.checkpoint import find_latest, save_checkpoint
 from distill.config import LoraConfig, RunConfig
-from distill.follow import obey
+from distill.follow import leave, obey
 from distill.fsdp import SeveralRanks
 from distill.ranks import Ranks, join
 from distill.student import NumericError, Student
@@ -185,10 +185,9 @@ def main(folder: Path, names: list[str]) -> int:
         ranks.report(error, 1)
         return 1
     finally:
-        if ranks.leads:
-            ranks.close()
+        ranks.close()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))
+    leave(main(Path(sys.argv[1]), sys.argv[2:]))
