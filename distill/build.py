@@ -63,6 +63,17 @@ class Core:
     lost: list[asyncio.Future[None]] = field(default_factory=list)
     """Futures that get an exception when work must not be waited for any longer, beside those of the fleets."""
 
+    def metadata(self) -> dict[str, Any]:
+        """What `run.json` says of the parts: enough to know what was trained on what."""
+        return {
+            "student": self.config.student.model,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "device": self.student.device.type,
+            "ranks": self.student.ranks.size,
+            "task_sets": as_records(self.task_sets),
+        }
+
 
 @dataclass(slots=True, kw_only=True)
 class Parts(Core):
@@ -96,9 +107,17 @@ class Parts(Core):
 
     def gpus(self) -> dict[str, int | None]:
         """GPUs by role, for the estimate of what a step costs."""
-        ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         on_gpu = self.student.device.type == "cuda"
-        return gpus_of(self.config, machine_has_gpu=Machine.this().has_gpu, trainer_gpus=ranks if on_gpu else 0)
+        trainer = self.student.ranks.size if on_gpu else 0
+        return gpus_of(self.config, machine_has_gpu=Machine.this().has_gpu, trainer_gpus=trainer)
+
+    def metadata(self) -> dict[str, Any]:
+        return Core.metadata(self) | {
+            "teacher": self.config.teacher_model,
+            "tokenizer": self.renderer.fingerprint,
+            "num_train_tasks": len(self.train_tasks),
+            "num_eval_tasks": len(self.eval_tasks),
+        }
 
     def make_env(self, *, verify: bool, step: int | None = None) -> ToolEnv:
         """A fresh environment; a grader is built only with `verify`. `step`: of training, for the curriculum."""
@@ -291,19 +310,3 @@ async def served_context(endpoint: Endpoint) -> int | None:
             raise
         return None
     return next((card.get("max_model_len") for card in cards if card.get("max_model_len")), None)
-
-
-def metadata_of(parts: Parts) -> dict[str, Any]:
-    """What `run.json` says of the parts: enough to know what was trained on what."""
-    return {
-        "student": str(parts.config.student.model),
-        "teacher": str(parts.config.teacher.model or parts.config.student.model),
-        "tokenizer": parts.renderer.fingerprint,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "device": parts.student.device.type,
-        "ranks": int(os.environ.get("WORLD_SIZE", "1")),
-        "task_sets": as_records(parts.task_sets),
-        "num_train_tasks": len(parts.train_tasks),
-        "num_eval_tasks": len(parts.eval_tasks),
-    }

@@ -19,15 +19,20 @@ if TYPE_CHECKING:
 EXIT_BUG = 1
 
 
+def world_size() -> int:
+    """Processes that torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def is_follower() -> bool:
     """Whether torchrun started this process as another one than rank 0."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK", "0") != "0"
+    return world_size() > 1 and os.environ.get("RANK", "0") != "0"
 
 
 def leave(code: int) -> NoReturn:
     """End this process. Where there are several ranks, without the interpreter's own end: a thread that still waits in
     gloo for a partner's last word would bring the process down there, with SIGABRT and after all is done."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if world_size() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -10,14 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
-import transformers
 
 from agent_loop.renderer import load_renderer
 from agent_loop.types import Episode
@@ -27,7 +23,7 @@ from distill.config import RunConfig
 from distill.failures import Interrupted
 from distill.ranks import join
 from distill.report import before_after, plot
-from distill.resume import TaskSet, as_records, stat_of
+from distill.resume import TaskSet, stat_of
 from distill.rundir import RunDir, read_jsonl
 from distill.step import scored_step
 from distill.stopping import StopFlag
@@ -52,17 +48,7 @@ class StoredParts(Core):
     """Fingerprint of the student's."""
 
     def metadata(self) -> dict[str, Any]:
-        """What `run.json` says of the parts."""
-        return {
-            "student": self.config.student.model,
-            "tokenizer": self.tokenizer,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "device": self.student.device.type,
-            "ranks": int(os.environ.get("WORLD_SIZE", "1")),
-            "task_sets": as_records(self.task_sets),
-            "num_episodes": len(self.stored.lines),
-        }
+        return Core.metadata(self) | {"tokenizer": self.tokenizer, "num_episodes": len(self.stored.lines)}
 
     async def aclose(self) -> None:
         await asyncio.to_thread(self.student.ranks.close)

@@ -8,7 +8,6 @@ byte tensors, weights and rows as tensors; nothing is pickled (`distill.fsdp`).
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,6 +16,7 @@ import torch
 
 from distill.batch import TrainItem, split_micro_batches
 from distill.failures import EXIT_RANK
+from distill.follow import world_size
 
 if TYPE_CHECKING:
     from distill.rows import RowModel
@@ -130,7 +130,7 @@ def join() -> Ranks:
     Raises:
         RuntimeError: not all ranks came.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if world_size() == 1:
         return Ranks()
     from distill.fsdp import SeveralRanks
 

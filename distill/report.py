@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from distill.rundir import read_jsonl
+from distill.rundir import evaluations, read_jsonl
 
 WINDOW = 5
 """Steps in the moving mean of `teacher_kl`: single steps are noisy below 64 episodes."""
@@ -86,9 +86,9 @@ def plot(run_dir: Path) -> Path:
     left.axhline(0.0, color="#cccccc", linewidth=0.8)
     left.set_xlabel("optimiser step")
     left.set_ylabel("reverse KL to the teacher, nats a token")
-    evals = run_dir / "evals.jsonl"
-    points = read_jsonl(evals) if evals.exists() else []
-    graded = [p for p in points if p["name"] == "student" and p["metrics"].get("reward/success") is not None]
+    graded = [
+        p for p in evaluations(run_dir) if p["name"] == "student" and p["metrics"].get("reward/success") is not None
+    ]
     if graded:
         right = left.twinx()
         xs, ys = [p["step"] for p in graded], [p["metrics"]["reward/success"] for p in graded]

@@ -190,7 +190,7 @@ def compare(record: Mapping[str, Any], now: Mapping[str, Any], *, allowed: Colle
 
     Args:
         record: `run.json` of the earlier attempts.
-        now: what this one would write there (`distill.build.metadata_of`).
+        now: what this one would write there (`Core.metadata`).
         allowed: keys of the configuration whose contents may change.
 
     Returns:

@@ -176,6 +176,7 @@ async def preflight(parts: Parts, console: Console, *, version: int) -> None:
 
 async def evaluate_and_record(parts: Parts, run: RunDir, console: Console, *, step: int) -> None:
     """Play the held-out tasks with the student, and once with the teacher; one line each in `evals.jsonl`."""
+    from distill.rundir import evaluations
     from distill.step import evaluate
 
     if not parts.eval_tasks:
@@ -183,7 +184,7 @@ async def evaluate_and_record(parts: Parts, run: RunDir, console: Console, *, st
     endpoints = [("student", parts.student_endpoint)]
     if step == 0 and parts.config.eval.teacher:
         endpoints.insert(0, ("teacher", parts.teacher_endpoint))
-    recorded = {(line["name"], line["step"]) for line in run.evaluations()}
+    recorded = {(line["name"], line["step"]) for line in evaluations(run.path)}
     for name, endpoint in endpoints:
         if (name, step) in recorded:  # by an earlier attempt
             continue
@@ -203,12 +204,11 @@ def finish(run: RunDir, console: Console, max_staleness: int) -> None:
     """The table of before and after, what it cost, the bottleneck, the curve, and where to look next."""
     from distill.cost import bottleneck, cost_lines
     from distill.report import Evaluation, before_after, plot
-    from distill.rundir import read_jsonl
+    from distill.rundir import evaluations, read_jsonl
 
     lines = read_jsonl(run.path / "metrics.jsonl")
-    evals = run.path / "evals.jsonl"
-    evaluations = [Evaluation(**line) for line in read_jsonl(evals)] if evals.exists() else []
-    console.table("\n" + before_after(evaluations, lines) + "\n")
+    evaluated = [Evaluation(**line) for line in evaluations(run.path)]
+    console.table("\n" + before_after(evaluated, lines) + "\n")
     for text in (*cost_lines(lines), bottleneck(lines, max_staleness)):
         if text is not None:
             console.say(text)
@@ -225,7 +225,7 @@ async def run_training(
         resume: a run directory, or one checkpoint in it.
         allowed: keys whose values or contents may differ from those of the run that is resumed.
     """
-    from distill.build import build, metadata_of
+    from distill.build import build
     from distill.offline import StoredParts, alarms_for, build_stored, finish_stored, train_stored
     from distill.resume import point_of
     from distill.rundir import RunDir
@@ -240,7 +240,7 @@ async def run_training(
     try:
         console.say(f"run directory: {path}")
         parts = build(config, console, path) if config.episodes is None else build_stored(config, console)
-        metadata = parts.metadata() if isinstance(parts, StoredParts) else metadata_of(parts)
+        metadata = parts.metadata()
         recorded = run.last_step()
         checkpoint = continued(loaded, run, metadata, parts, console, wanted, allowed) if resume else None
         run.note(**metadata)

@@ -159,7 +159,7 @@ class RunDir:
             if path.exists():
                 kept = [line for line in read_jsonl(path) if int(line["step"]) <= step]
                 write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        evaluated = {self.episodes_file(int(e["step"]), eval_kind(e["name"])).name for e in self.evaluations()}
+        evaluated = {self.episodes_file(int(e["step"]), eval_kind(e["name"])).name for e in evaluations(self.path)}
         kept_files = {self.episodes_file(n).name for n in pending}
         for path in (self.path / "episodes").glob("*.jsonl"):
             found = re.fullmatch(r"(step|eval|eval_\w+?)_(\d+)\.jsonl", path.name)
@@ -167,11 +167,6 @@ class RunDir:
                 continue
             if int(found[2]) > step or (found[1] != "step" and path.name not in evaluated):
                 path.unlink()
-
-    def evaluations(self) -> list[dict[str, Any]]:
-        """The lines of `evals.jsonl`."""
-        path = self.path / "evals.jsonl"
-        return read_jsonl(path) if path.exists() else []
 
     def episodes_file(self, step: int, kind: str = "step") -> Path:
         """
@@ -227,13 +222,18 @@ def eval_kind(name: str) -> str:
     return "eval" if name == "student" else f"eval_{name}"
 
 
+def evaluations(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's `evals.jsonl`; none where nothing was evaluated."""
+    file = run / "evals.jsonl"
+    return read_jsonl(file) if file.exists() else []
+
+
 def best_step(run: Path) -> int | None:
     """The step whose evaluation of the student had the highest success, the earliest of several; None if there was none
     that was graded. Evaluations before the first step do not count."""
-    file = run / "evals.jsonl"
     graded = {
         int(line["step"]): float(line["metrics"]["reward/success"])
-        for line in (read_jsonl(file) if file.exists() else [])
+        for line in evaluations(run)
         if line["name"] == "student" and line["step"] > 0 and line["metrics"].get("reward/success") is not None
     }
     return max(graded, key=lambda step: (graded[step], -step), default=None)

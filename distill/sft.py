@@ -12,7 +12,6 @@ time before on-policy distillation. Keys of a run's student, optim, checkpoint a
 from __future__ import annotations
 
 import argparse
-import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from distill.config_load import ConfigError, load_config
 from distill.console import Console, fail
 from distill.failures import EXIT_USAGE, guarded
+from distill.tasks import TaskSource
 
 if TYPE_CHECKING:
     from agent_loop.types import Episode
@@ -160,11 +160,10 @@ def batches(
     episodes: Sequence[Episode], arguments: argparse.Namespace, seed: int
 ) -> Iterator[tuple[int, Sequence[Episode]]]:
     """(epoch, episodes of a step); the order of each epoch is its own and depends on the seed alone."""
+    source = TaskSource(episodes, seed=seed, cursor=len(episodes))  # epochs count from 1 here
     for epoch in range(1, arguments.epochs + 1):
-        order = list(episodes)
-        random.Random(f"{seed}/{epoch}").shuffle(order)
-        for start in range(0, len(order), arguments.batch_size):
-            yield epoch, order[start : start + arguments.batch_size]
+        for start in range(0, len(episodes), arguments.batch_size):
+            yield epoch, source.take(min(arguments.batch_size, len(episodes) - start))
 
 
 def tools_from(arguments: argparse.Namespace) -> ToolsOf:
