@@ -1,12 +1,13 @@
 """New documents cost a model a skill; on-policy distillation from the model as it was wins it back.
 
-    python -m bench.continual [--seeds 0 1 2] [--only documents ...] [--plot docs/img/continual.png]
+    python -m bench.continual [--seeds 0 1 2] [--variants] [--keep FOLDER] [--plot docs/img/continual.png]
 
-The recipe of Thinking Machines, "On-Policy Distillation" (2025), section "Distillation for personalization", with this
-project's public commands alone and on models of 130,000 parameters: `distill.sft --data` on invented documents
-(bench/continual_data.py), then `distill.run --student.model THAT --teacher.model THE_ORIGINAL`. Every number is
-measured by `agent_loop.rollout` against `distill.serving.embedded`: the skill on held-out tasks of `medbrowse`, the
-knowledge on questions about the documents in `reasoning`. Temperature 1, as in training.
+The recipe of Thinking Machines, "On-Policy Distillation" (2025), part on personalization and continual learning, with
+this project's public commands on models of 130,000 parameters: `distill.sft --data` on invented documents
+(bench/continual_data.py), then `distill.run --student.model THAT --teacher.model THE_ORIGINAL`. Skill: success on
+held-out tasks of `medbrowse`. Knowledge: answers of `reasoning` to questions about the documents. Both are sampled at
+temperature 1. `--variants` adds what one might do instead, on the first seed. A seed whose result is in FOLDER already
+is read, not made again.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -32,28 +33,29 @@ from bench import continual_data
 
 ORIGINAL = "builtin:medbrowse-teacher"
 SERVED = "model"
-START_S = 120.0
+START_S = 300.0
+NEVER = 10**6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
     """How large everything is. The defaults are those of docs/continual.md."""
 
-    num_ships: int = 48
-    epochs: int = 40
-    sft_lr: float = 3e-3
-    steps: int = 48
+    num_ships: int = 24
+    epochs: int = 20
+    sft_lr: float = 1e-3
+    steps: int = 24
     """Of distillation."""
     lr: float = 1e-3
     """Of distillation."""
     every: int = 8
     """Steps between measurements."""
-    num_tasks: int = 400
-    """Of the skill."""
-    samples: int = 10
+    num_tasks: int = 200
+    """That measure the skill."""
+    samples: int = 4
     """Answers a question."""
-    num_replayed: int = 600
-    """Episodes of the original on training tasks."""
+    num_replayed: int = 300
+    """Training tasks that the original plays, for the variants."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,9 +63,9 @@ class Point:
     """One model, measured."""
 
     line: str
-    """Which recipe; `original` and `documents` are where several begin."""
+    """What was done; `original` and `documents` are where several begin."""
     step: int
-    """Optimiser steps since `documents`."""
+    """Optimiser steps of distillation."""
     skill: float
     knowledge: float
 
@@ -88,43 +90,71 @@ class Lab:
         if code:
             raise RuntimeError(f"{module} ({name}) ended with {code}:\n{log.read_text()[-2000:]}")
 
-    def sft(self, name: str, student: str | Path, *flags: object) -> Path:
-        """Supervised fine-tuning; the folder of the trained model."""
+    def fine_tune(self, name: str, student: Path, *flags: object) -> Path:
+        """`distill.sft`; the folder of the trained model."""
         out = self.folder / name
-        common = ["--out", out, "--seed", self.seed, "--checkpoint.every", 10**6, "--optim.schedule", "linear"]
-        self.run(name, "distill.sft", "--student", student, *common, *flags)
-        return models_in(out)[-1][1]
+        common = ["--student", student, "--out", out, "--seed", self.seed, "--checkpoint.every", NEVER]
+        self.run(name, "distill.sft", *common, "--optim.schedule", "linear", *flags)
+        return checkpoints(out)[-1][1]
 
-    def distil(self, name: str, student: Path, *flags: object) -> list[tuple[int, Path]]:
-        """On-policy distillation from the original on its own tasks; (step, model) of every `every`-th step."""
+    def distil(self, name: str, student: Path, questions: Path) -> list[Point]:
+        """`distill.run` from the original on the skill's own tasks; the student's own point, and those of every
+        `every`-th step."""
         sizes = self.sizes
         self.run(
             name, "distill.run", "--env", "medbrowse", "--output_dir", self.folder, "--run_id", name,
             "--seed", self.seed, "--student.model", student, "--teacher.model", f"{ORIGINAL}@{self.seed}",
-            "--steps", sizes.steps, "--optim.lr", sizes.lr, "--eval.at_start", "false", "--eval.at_end", "false",
-            "--checkpoint.every", sizes.every, "--checkpoint.keep_every", sizes.every, *flags,
+            "--steps", sizes.steps, "--optim.lr", sizes.lr, "--eval.num_tasks", sizes.num_tasks,
+            "--eval.teacher", "false", "--eval.every", sizes.every,
+            "--checkpoint.every", sizes.every, "--checkpoint.keep_every", sizes.every,
         )  # fmt: skip
-        return models_in(self.folder / name)
+        run = self.folder / name
+        skill = {}
+        for text in (run / "evals.jsonl").read_text().splitlines():
+            line = json.loads(text)
+            skill[line["name"], line["step"]] = float(line["metrics"]["reward/success"])
+        points = [self.point(name, 0, student, questions, skill["student", 0])]
+        for step, model in checkpoints(run):
+            points.append(self.point(name, step, model, questions, skill["student", step]))
+        return points
 
-    def measure(self, line: str, step: int, model: Path, questions: Path) -> Point:
-        """Skill and knowledge of a model folder."""
+    def point(self, line: str, step: int, model: Path, questions: Path, skill: float | None = None) -> Point:
+        """Measure a model folder.
+
+        Args:
+            skill: where a run has measured it already.
+        """
+        name = f"{line}-{step}"
         with served(model) as url:
-            skill = self._success(url, model, f"{line}-{step}-skill", "--env", "medbrowse", "--num-tasks",
-                                  self.sizes.num_tasks, "--max-turn-tokens", 64)  # fmt: skip
-            known = self._success(url, model, f"{line}-{step}-knowledge", "--env", "reasoning", "--tasks", questions,
-                                  "--samples", self.sizes.samples, "--max-turn-tokens", 24)  # fmt: skip
-        point = Point(line=line, step=step, skill=skill, knowledge=known)
-        print(f"seed {self.seed}: {line:24} step {step:4}: skill {skill:6.1%}, knowledge {known:6.1%}", file=sys.stderr)
-        return point
+            if skill is None:
+                tasks = ("--num-tasks", self.sizes.num_tasks, "--max-turn-tokens", 64)
+                skill = self._success(f"{name}-skill", url, model, "--env", "medbrowse", *tasks)
+            asked = ("--tasks", questions, "--samples", self.sizes.samples, "--max-turn-tokens", 16)
+            knowledge = self._success(f"{name}-knowledge", url, model, "--env", "reasoning", *asked)
+        print(
+            f"seed {self.seed}: {name:20} skill {skill:6.1%}, knowledge {knowledge:6.1%}", file=sys.stderr, flush=True
+        )
+        return Point(line=line, step=step, skill=skill, knowledge=knowledge)
 
-    def _success(self, url: str, model: Path, name: str, *flags: object) -> float:
+    def _success(self, name: str, url: str, model: Path, *flags: object) -> float:
         out = self.folder / name
         where = ["--model", SERVED, "--base-url", url, "--tokenizer", model, "--seed", self.seed, "--out", out]
         self.run(name, "agent_loop.rollout", *where, *flags)
         return float(json.loads((out / "summary.json").read_text())["pass_at"]["pass@1"])
 
+    def play(self, name: str, model: Path) -> Path:
+        """Episodes of a model on training tasks of the skill."""
+        import envs
+        from envs.dataset import write_tasks
 
-def models_in(run: Path) -> list[tuple[int, Path]]:
+        tasks = self.folder / f"{name}-tasks.jsonl"
+        write_tasks(tasks, envs.make("medbrowse").default_tasks("train", self.sizes.num_replayed))
+        with served(model) as url:
+            self._success(name, url, model, "--env", "medbrowse", "--tasks", tasks, "--max-turn-tokens", 64)
+        return self.folder / name
+
+
+def checkpoints(run: Path) -> list[tuple[int, Path]]:
     """(step, model folder) of a run's checkpoints."""
     found = sorted((run / "checkpoints").glob("step_*/model"))
     return [(int(path.parent.name.removeprefix("step_")), path) for path in found]
@@ -157,3 +187,123 @@ def served(model: Path) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait()
+
+
+def recipe(lab: Lab) -> list[Point]:
+    """Documents, then distillation from the original."""
+    from distill import models
+
+    sizes, original = lab.sizes, models.resolve(f"{ORIGINAL}@{lab.seed}")
+    files = continual_data.write(lab.folder / "data", num_ships=sizes.num_ships, seed=lab.seed)
+    before = lab.point("original", 0, original, files.questions)
+    trained = lab.fine_tune("documents", original, *of_documents(files, sizes))
+    return [before, *lab.distil("distilled", trained, files.questions)]
+
+
+def variants(lab: Lab) -> list[Point]:
+    """What one might do instead; after `recipe`."""
+    from distill import models
+
+    sizes, original = lab.sizes, models.resolve(f"{ORIGINAL}@{lab.seed}")
+    files = continual_data.write(lab.folder / "data", num_ships=sizes.num_ships, seed=lab.seed)
+    episodes = lab.play("replay", original)
+    [(_, damaged)] = checkpoints(lab.folder / "documents")
+    lora = ("--student.lora.rank", 16, "--student.lora.alpha", 32)
+    lab.fine_tune("adapter", original, *of_documents(files, sizes, lr=4 * sizes.sft_lr), *lora)
+    merged = lab.folder / "adapter-merged"
+    lab.run("adapter-merge", "distill.export", lab.folder / "adapter", "--out", merged, "--dtype", "float32")
+    # As many episodes and updates as distillation has.
+    epochs = -(-64 * sizes.steps // sizes.num_replayed)
+    like_distillation = ("--episodes", episodes, "--epochs", epochs, "--batch-size", 64, "--lr", sizes.lr)
+    found = {
+        "gentle": lab.fine_tune("gentle", original, *of_documents(files, sizes, lr=sizes.sft_lr / 4)),
+        "LoRA": merged,
+        "replay": lab.fine_tune("replayed", original, *of_documents(files, sizes), "--episodes", episodes),
+        "imitation": lab.fine_tune("imitation", damaged, *like_distillation),
+    }
+    return [lab.point(line, 0, model, files.questions) for line, model in found.items()]
+
+
+def of_documents(files: continual_data.Files, sizes: Sizes, *, lr: float | None = None) -> Sequence[object]:
+    """Flags of fine-tuning on the documents."""
+    rate = sizes.sft_lr if lr is None else lr
+    return ("--data", files.documents, "--epochs", sizes.epochs, "--lr", rate, "--optim.warmup_steps", 10)
+
+
+def made(lab: Lab, name: str, make: Callable[[Lab], list[Point]]) -> dict[str, Any]:
+    """A part's points and what they cost; from `NAME.json` in the lab's folder if it is there."""
+    file = lab.folder / f"{name}.json"
+    if not file.is_file():
+        lab.folder.mkdir(parents=True, exist_ok=True)
+        began, before = time.monotonic(), cpu_s()
+        points = [asdict(point) for point in make(lab)]
+        cost = {"minutes": (time.monotonic() - began) / 60, "cpu_minutes": (cpu_s() - before) / 60}
+        result = {"part": name, "seed": lab.seed, "points": points, **{k: round(v, 2) for k, v in cost.items()}}
+        file.write_text(json.dumps(result))
+    return json.loads(file.read_text())  # type: ignore[no-any-return]
+
+
+def cpu_s() -> float:
+    """Of all ended children."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def plot(parts: Sequence[dict[str, Any]], path: Path) -> None:
+    """Skill and knowledge over the recipe's stages, each seed thin and their mean thick."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    seeds = [part["points"] for part in parts if part["part"] == "recipe"]
+    labels = ["original", "after the\ndocuments"]
+    labels += [f"{point['step']}" for point in seeds[0][2:]]
+    figure, axes = pyplot.subplots(figsize=(7, 4), dpi=130)
+    for name, colour in (("skill", "#1f4e8c"), ("knowledge", "#c8641e")):
+        rows = [[100 * point[name] for point in points] for points in seeds]
+        for row in rows:
+            axes.plot(row, color=colour, linewidth=0.7, alpha=0.45)
+        title = "old skill: success on held-out tasks" if name == "skill" else "new knowledge: right answers"
+        axes.plot([fmean(column) for column in zip(*rows, strict=True)], "o-", color=colour, linewidth=2, label=title)
+    axes.axvspan(1, len(labels) - 1, color="#f1f1f1", zorder=0)
+    axes.set_xticks(range(len(labels)), labels)
+    axes.set_xlabel("then: steps of on-policy distillation from the original", loc="right")
+    axes.set_ylabel("per cent, temperature 1")
+    axes.set_ylim(-3, 103)
+    axes.legend(loc="center right", frameon=False)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.continual", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--variants", action="store_true", help="also what one might do instead, on the first seed")
+    parser.add_argument("--keep", type=Path, help="keep runs, models and results here")
+    parser.add_argument("--plot", type=Path, metavar="PNG")
+    arguments = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = (arguments.keep or Path(scratch)).absolute()
+        labs = [Lab(folder / f"seed{seed}", seed, Sizes()) for seed in arguments.seeds]
+        parts = [made(lab, "recipe", recipe) for lab in labs]
+        if arguments.variants:
+            parts.append(made(labs[0], "variants", variants))
+    print(f"{'seed':>4} {'':12} {'step':>5} {'skill':>7} {'knowledge':>10}")
+    for part in parts:
+        for point in part["points"]:
+            values = f"{point['step']:5} {point['skill']:7.1%} {point['knowledge']:10.1%}"
+            print(f"{part['seed']:4} {point['line']:12} {values}")
+        print(f"     {part['part']}: {part['minutes']} minutes, {part['cpu_minutes']} CPU minutes")
+    if arguments.plot:
+        plot(parts, arguments.plot)
+    print(json.dumps({"bench": "continual", "sizes": asdict(Sizes()), "parts": parts}))
+
+
+if __name__ == "__main__":
+    main()

@@ -41,7 +41,9 @@ def read_data(paths: Sequence[Path], renderer: Renderer, *, max_tokens: int | No
                 raise row
             if not isinstance(row, dict) or len({"text", "messages"} & row.keys()) != 1 or len(row) != 1:
                 found = ", ".join(row) or "no key" if isinstance(row, dict) else kind_of(row)
-                raise TaskError(where, f'wanted {{"text": ...}} or {{"messages": [...]}} and no other key, found {found}')
+                raise TaskError(
+                    where, f'wanted {{"text": ...}} or {{"messages": [...]}} and no other key, found {found}'
+                )
             if "text" in row:
                 yield from _documents(row["text"], where, renderer, max_tokens)
             else:
@@ -106,9 +108,7 @@ def _said(message: Message) -> AssistantMessage:
         ToolCall(id=call["id"], name=call["function"]["name"], arguments=call["function"]["arguments"], raw="")
         for call in message.get("tool_calls", ())
     )
-    return AssistantMessage(
-        content=message["content"], reasoning=message.get("reasoning_content"), tool_calls=calls
-    )
+    return AssistantMessage(content=message["content"], reasoning=message.get("reasoning_content"), tool_calls=calls)
 
 
 def _episode(name: str, messages: tuple[Message, ...], turns: list[Turn], traces: list[TokenTrace]) -> Episode:

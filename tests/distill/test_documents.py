@@ -108,9 +108,7 @@ def test_a_call_in_a_dialogue_is_written_as_the_template_writes_it(tiny: Rendere
         ({"messages": [*DIALOGUE[:2], {"role": "assistant", "content": 3}]}, "messages[2].content must be a string"),
     ],
 )
-def test_a_bad_row_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], row: Any, message: str
-) -> None:
+def test_a_bad_row_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], row: Any, message: str) -> None:
     save_model(tmp_path / "model", seed=0)
     path = written(tmp_path / "d.jsonl", {"text": TEXT}, row)
     assert main(["--data", str(path), "--student", str(tmp_path / "model"), "--out", str(tmp_path / "run")]) == 4
