@@ -1,12 +1,12 @@
 """New documents cost a model a skill; on-policy distillation from the model as it was wins it back.
 
-    python -m bench.continual [--seeds 0 1 2] [--variants] [--keep FOLDER] [--plot docs/img/continual.png]
+    python -m bench.continual [--seeds 0 1 2] [--parts recipe documents ...] [--keep FOLDER] [--plot PNG]
 
 The recipe of Thinking Machines, "On-Policy Distillation" (2025), part on personalization and continual learning, with
 this project's public commands on models of 130,000 parameters: `distill.sft --data` on invented documents
-(bench/continual_data.py), then `distill.run --student.model THAT --teacher.model THE_ORIGINAL`. Skill: success on
-held-out tasks of `medbrowse`. Knowledge: answers of `reasoning` to questions about the documents. Both are sampled at
-temperature 1. `--variants` adds what one might do instead, on the first seed. A seed whose result is in FOLDER already
+(bench/continual_data.py) and some episodes of the model's own, then `distill.run --student.model THAT --teacher.model
+THE_ORIGINAL`. Skill: success on held-out tasks of `medbrowse`. Knowledge: answers in `reasoning` to questions about the
+documents. Both are sampled at temperature 1. The other parts are what one might do instead. What is in FOLDER already
 is read, not made again.
 """
 
@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,6 +35,8 @@ ORIGINAL = "builtin:medbrowse-teacher"
 SERVED = "model"
 START_S = 300.0
 NEVER = 10**6
+BATCH = 64
+"""Episodes of a step of distillation."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,20 +44,20 @@ class Sizes:
     """How large everything is. The defaults are those of docs/continual.md."""
 
     num_ships: int = 24
-    epochs: int = 20
-    sft_lr: float = 1e-3
+    num_replayed: int = 60
+    """Training tasks that the original plays; its episodes are mixed with the documents."""
+    epochs: int = 24
+    sft_lr: float = 2e-3
     steps: int = 24
     """Of distillation."""
     lr: float = 1e-3
     """Of distillation."""
-    every: int = 8
+    every: int = 12
     """Steps between measurements."""
     num_tasks: int = 200
     """That measure the skill."""
     samples: int = 4
     """Answers a question."""
-    num_replayed: int = 300
-    """Training tasks that the original plays, for the variants."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +65,7 @@ class Point:
     """One model, measured."""
 
     line: str
-    """What was done; `original` and `documents` are where several begin."""
+    """What was done."""
     step: int
     """Optimiser steps of distillation."""
     skill: float
@@ -77,6 +79,16 @@ class Lab:
     folder: Path
     seed: int
     sizes: Sizes
+
+    def original(self) -> Path:
+        """The model with the skill; made on first use."""
+        from distill import models
+
+        return models.resolve(f"{ORIGINAL}@{self.seed}")
+
+    def write(self) -> continual_data.Files:
+        """The documents and questions of this seed."""
+        return continual_data.write(self.folder / "data", num_ships=self.sizes.num_ships, seed=self.seed)
 
     def run(self, name: str, module: str, *flags: object) -> None:
         """One of the project's commands, in a process of its own; what it says goes to `NAME.log`.
@@ -104,8 +116,8 @@ class Lab:
         self.run(
             name, "distill.run", "--env", "medbrowse", "--output_dir", self.folder, "--run_id", name,
             "--seed", self.seed, "--student.model", student, "--teacher.model", f"{ORIGINAL}@{self.seed}",
-            "--steps", sizes.steps, "--optim.lr", sizes.lr, "--eval.num_tasks", sizes.num_tasks,
-            "--eval.teacher", "false", "--eval.every", sizes.every,
+            "--rollout.batch_size", BATCH, "--steps", sizes.steps, "--optim.lr", sizes.lr,
+            "--eval.num_tasks", sizes.num_tasks, "--eval.teacher", "false", "--eval.every", sizes.every,
             "--checkpoint.every", sizes.every, "--checkpoint.keep_every", sizes.every,
         )  # fmt: skip
         run = self.folder / name
@@ -190,38 +202,47 @@ def served(model: Path) -> Iterator[str]:
 
 
 def recipe(lab: Lab) -> list[Point]:
-    """Documents, then distillation from the original."""
-    from distill import models
-
-    sizes, original = lab.sizes, models.resolve(f"{ORIGINAL}@{lab.seed}")
-    files = continual_data.write(lab.folder / "data", num_ships=sizes.num_ships, seed=lab.seed)
+    """Documents with some of the original's episodes among them, then distillation from the original."""
+    original, files = lab.original(), lab.write()
     before = lab.point("original", 0, original, files.questions)
-    trained = lab.fine_tune("documents", original, *of_documents(files, sizes))
+    episodes = lab.play("replay", original)
+    trained = lab.fine_tune("mixed", original, *of_documents(files, lab.sizes), "--episodes", episodes)
     return [before, *lab.distil("distilled", trained, files.questions)]
 
 
-def variants(lab: Lab) -> list[Point]:
-    """What one might do instead; after `recipe`."""
-    from distill import models
+def documents(lab: Lab) -> list[Point]:
+    """The same with nothing but the documents."""
+    files = lab.write()
+    trained = lab.fine_tune("documents", lab.original(), *of_documents(files, lab.sizes))
+    return lab.distil("documents-distilled", trained, files.questions)
 
-    sizes, original = lab.sizes, models.resolve(f"{ORIGINAL}@{lab.seed}")
-    files = continual_data.write(lab.folder / "data", num_ships=sizes.num_ships, seed=lab.seed)
-    episodes = lab.play("replay", original)
-    [(_, damaged)] = checkpoints(lab.folder / "documents")
+
+def gentle(lab: Lab) -> list[Point]:
+    """Nothing but the documents, at half the learning rate."""
+    files = lab.write()
+    trained = lab.fine_tune("gentle", lab.original(), *of_documents(files, lab.sizes, lr=lab.sizes.sft_lr / 2))
+    return lab.distil("gentle-distilled", trained, files.questions)
+
+
+def adapter(lab: Lab) -> list[Point]:
+    """Nothing but the documents, into a LoRA adapter, at four times the learning rate."""
+    files, merged = lab.write(), lab.folder / "adapter-merged"
     lora = ("--student.lora.rank", 16, "--student.lora.alpha", 32)
-    lab.fine_tune("adapter", original, *of_documents(files, sizes, lr=4 * sizes.sft_lr), *lora)
-    merged = lab.folder / "adapter-merged"
+    lab.fine_tune("adapter", lab.original(), *of_documents(files, lab.sizes, lr=4 * lab.sizes.sft_lr), *lora)
     lab.run("adapter-merge", "distill.export", lab.folder / "adapter", "--out", merged, "--dtype", "float32")
-    # As many episodes and updates as distillation has.
-    epochs = -(-64 * sizes.steps // sizes.num_replayed)
-    like_distillation = ("--episodes", episodes, "--epochs", epochs, "--batch-size", 64, "--lr", sizes.lr)
-    found = {
-        "gentle": lab.fine_tune("gentle", original, *of_documents(files, sizes, lr=sizes.sft_lr / 4)),
-        "LoRA": merged,
-        "replay": lab.fine_tune("replayed", original, *of_documents(files, sizes), "--episodes", episodes),
-        "imitation": lab.fine_tune("imitation", damaged, *like_distillation),
-    }
-    return [lab.point(line, 0, model, files.questions) for line, model in found.items()]
+    return lab.distil("adapter-distilled", merged, files.questions)
+
+
+def imitation(lab: Lab) -> list[Point]:
+    """After `recipe`: in place of distillation, as many updates on as many episodes of the original, off policy."""
+    sizes, files = lab.sizes, lab.write()
+    [(_, damaged)] = checkpoints(lab.folder / "mixed")
+    epochs = -(-BATCH * sizes.steps // sizes.num_replayed)
+    flags = ("--episodes", lab.folder / "replay", "--epochs", epochs, "--batch-size", BATCH, "--lr", sizes.lr)
+    return [lab.point("imitation", sizes.steps, lab.fine_tune("imitation", damaged, *flags), files.questions)]
+
+
+PARTS = {part.__name__: part for part in (recipe, documents, gentle, adapter, imitation)}
 
 
 def of_documents(files: continual_data.Files, sizes: Sizes, *, lr: float | None = None) -> Sequence[object]:
@@ -230,13 +251,13 @@ def of_documents(files: continual_data.Files, sizes: Sizes, *, lr: float | None 
     return ("--data", files.documents, "--epochs", sizes.epochs, "--lr", rate, "--optim.warmup_steps", 10)
 
 
-def made(lab: Lab, name: str, make: Callable[[Lab], list[Point]]) -> dict[str, Any]:
+def made(lab: Lab, name: str) -> dict[str, Any]:
     """A part's points and what they cost; from `NAME.json` in the lab's folder if it is there."""
     file = lab.folder / f"{name}.json"
     if not file.is_file():
         lab.folder.mkdir(parents=True, exist_ok=True)
         began, before = time.monotonic(), cpu_s()
-        points = [asdict(point) for point in make(lab)]
+        points = [asdict(point) for point in PARTS[name](lab)]
         cost = {"minutes": (time.monotonic() - began) / 60, "cpu_minutes": (cpu_s() - before) / 60}
         result = {"part": name, "seed": lab.seed, "points": points, **{k: round(v, 2) for k, v in cost.items()}}
         file.write_text(json.dumps(result))
@@ -257,7 +278,7 @@ def plot(parts: Sequence[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     seeds = [part["points"] for part in parts if part["part"] == "recipe"]
-    labels = ["original", "after the\ndocuments"]
+    labels = ["original", "documents\nlearnt"]
     labels += [f"{point['step']}" for point in seeds[0][2:]]
     figure, axes = pyplot.subplots(figsize=(7, 4), dpi=130)
     for name, colour in (("skill", "#1f4e8c"), ("knowledge", "#c8641e")):
@@ -283,7 +304,7 @@ def main() -> None:
         prog="python -m bench.continual", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--variants", action="store_true", help="also what one might do instead, on the first seed")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=["recipe"], help="default: recipe")
     parser.add_argument("--keep", type=Path, help="keep runs, models and results here")
     parser.add_argument("--plot", type=Path, metavar="PNG")
     arguments = parser.parse_args()
@@ -291,9 +312,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = (arguments.keep or Path(scratch)).absolute()
         labs = [Lab(folder / f"seed{seed}", seed, Sizes()) for seed in arguments.seeds]
-        parts = [made(lab, "recipe", recipe) for lab in labs]
-        if arguments.variants:
-            parts.append(made(labs[0], "variants", variants))
+        parts = [made(lab, name) for name in arguments.parts for lab in labs]
     print(f"{'seed':>4} {'':12} {'step':>5} {'skill':>7} {'knowledge':>10}")
     for part in parts:
         for point in part["points"]:
