@@ -84,7 +84,7 @@ class Lab:
         """The model with the skill; made on first use."""
         from distill import models
 
-        return models.resolve(f"{ORIGINAL}@{self.seed}")
+        return Path(models.resolve(f"{ORIGINAL}@{self.seed}"))
 
     def write(self) -> continual_data.Files:
         """The documents and questions of this seed."""
