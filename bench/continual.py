@@ -1,6 +1,6 @@
 """New documents cost a model a skill; on-policy distillation from the model as it was wins it back.
 
-    python -m bench.continual [--seeds 0 1 2] [--parts recipe documents ...] [--keep FOLDER] [--plot PNG]
+    python -m bench.continual [--seeds 0 1 2] [--parts recipe documents ...] [--set lr=3e-4 ...] [--keep FOLDER]
 
 The recipe of Thinking Machines, "On-Policy Distillation" (2025), part on personalization and continual learning, with
 this project's public commands on models of 130,000 parameters: `distill.sft --data` on invented documents
@@ -305,13 +305,15 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=["recipe"], help="default: recipe")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=NUMBER", help="of Sizes, such as steps=48 lr=3e-4")
     parser.add_argument("--keep", type=Path, help="keep runs, models and results here")
     parser.add_argument("--plot", type=Path, metavar="PNG")
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sizes = Sizes(**{key: json.loads(value) for key, _, value in (pair.partition("=") for pair in arguments.set)})
     with tempfile.TemporaryDirectory() as scratch:
         folder = (arguments.keep or Path(scratch)).absolute()
-        labs = [Lab(folder / f"seed{seed}", seed, Sizes()) for seed in arguments.seeds]
+        labs = [Lab(folder / f"seed{seed}", seed, sizes) for seed in arguments.seeds]
         parts = [made(lab, name) for name in arguments.parts for lab in labs]
     print(f"{'seed':>4} {'':12} {'step':>5} {'skill':>7} {'knowledge':>10}")
     for part in parts:
@@ -321,7 +323,7 @@ def main() -> None:
         print(f"     {part['part']}: {part['minutes']} minutes, {part['cpu_minutes']} CPU minutes")
     if arguments.plot:
         plot(parts, arguments.plot)
-    print(json.dumps({"bench": "continual", "sizes": asdict(Sizes()), "parts": parts}))
+    print(json.dumps({"bench": "continual", "sizes": asdict(sizes), "parts": parts}))
 
 
 if __name__ == "__main__":
