@@ -292,7 +292,7 @@ def plot(parts: Sequence[dict[str, Any]], path: Path) -> None:
     axes.set_xlabel("then: steps of on-policy distillation from the original", loc="right")
     axes.set_ylabel("per cent, temperature 1")
     axes.set_ylim(-3, 103)
-    axes.legend(loc="center right", frameon=False)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
