@@ -102,7 +102,8 @@ class ToolEnv(gymnasium.Env[tuple[Message, ...], AssistantMessage]):
         return ()
 
     async def on_reset(self, task: Task) -> None:
-        """Prepare the episode: fill `self.state`. `self.np_random` is seeded."""
+        """Prepare the episode: fill `self.state`. `self.np_random` is seeded. Where the opening depends on what was
+        prepared, change `self.messages`, which hold the task's."""
 
     def on_no_call(self, action: AssistantMessage) -> Message:
         """What the environment answers to a message without a call, under `termination_policy = "max_turns"`."""
@@ -148,7 +149,7 @@ class ToolEnv(gymnasium.Env[tuple[Message, ...], AssistantMessage]):
                 are left to subclasses.
 
         Returns:
-            The task's messages, and `{"task_id", "stop_reason": None}`.
+            The task's messages, as `on_reset` left them, and `{"task_id", "stop_reason": None}`.
 
         Raises:
             ValueError: no task given and none of its own; a task that names a tool which is not there.
@@ -174,7 +175,7 @@ class ToolEnv(gymnasium.Env[tuple[Message, ...], AssistantMessage]):
         self._calls: Counter[str] = Counter()
         self._parse_errors = 0
         self.state = {}
-        self.messages = list(task.messages)
+        self.messages = list(copy.deepcopy(task.messages))
         # Tools get a copy: what one writes into its Metadata must not be there when the task is played again.
         self._task_metadata = copy.deepcopy(task.metadata)
         await self.on_reset(task)
@@ -182,7 +183,7 @@ class ToolEnv(gymnasium.Env[tuple[Message, ...], AssistantMessage]):
             raise ResetNeeded("the environment was reset again while this reset ran; have an instance for each episode")
         self._ended = False
         # A copy: whoever changes what was observed must not change the task.
-        return copy.deepcopy(task.messages), {"task_id": task.id, "stop_reason": None}
+        return tuple(copy.deepcopy(self.messages)), {"task_id": task.id, "stop_reason": None}
 
     async def astep(self, action: AssistantMessage) -> StepOutcome:
         """Take one assistant message: run its calls, count, and say whether the episode goes on.
