@@ -246,7 +246,7 @@ def _check_stops(task_class: Any, config: Any) -> None:
     import verifiers.v1 as vf
     from verifiers.v1.session import hook_boundary
 
-    probe = task_class.__new__(task_class)
+    probe = object.__new__(task_class)
     probe.config = config
     for stop in probe.hooks("stop"):
         if hook_boundary(stop, allow_trace=True) is not vf.Trace:

@@ -84,9 +84,7 @@ def theirs(message: Message) -> Any:
         case "user":
             return UserMessage(content=content)
         case "tool":
-            return ToolMessage(
-                tool_call_id=message["tool_call_id"], content=content, name=message.get("name") or None
-            )
+            return ToolMessage(tool_call_id=message["tool_call_id"], content=content, name=message.get("name") or None)
     calls = [
         ToolCall(id=c["id"], name=c["function"]["name"], arguments=json.dumps(c["function"]["arguments"]))
         for c in message.get("tool_calls", ())
@@ -211,7 +209,9 @@ class Run:
     async def rollout(self, task: vf.Task) -> AsyncIterator[vf.Trace]:
         """One agent's life with a task: setup, what it says, and at the end finalize and scoring."""
         if self.trace is not None:
-            raise Unmapped("the environment runs its agent more than once in an episode; an episode of ours is one dialogue")
+            raise Unmapped(
+                "the environment runs its agent more than once in an episode; an episode of ours is one dialogue"
+            )
         if not isinstance(task, self.rules.task_class):
             raise Unmapped(f"the environment made a task of its own, a {type(task).__name__}: its tools are not known")
         trace = vf.Trace(
@@ -364,4 +364,4 @@ def opening(task: vf.Task) -> list[Message]:
 
 def interceptors(task_class: type[vf.Task]) -> list[str]:
     """Names of `@vf.intercept` methods: they rewrite what a model said or is told."""
-    return [hook.__name__ for hook in discover_decorated(task_class.__new__(task_class), "intercept")]
+    return [hook.__name__ for hook in discover_decorated(object.__new__(task_class), "intercept")]

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from agent_loop.conversation import Sampling, TokenActor
+from agent_loop.conversation import TokenActor
 from agent_loop.policy import ScriptedPolicy
 from agent_loop.renderer import Renderer, load_renderer
 from agent_loop.rollout import EpisodeJob, run_episode
@@ -50,10 +50,17 @@ def call(name: str, **arguments: Any) -> str:
 
 async def play(renderer: Renderer, env: ToolEnv, task: Task, *texts: str) -> Episode:
     """One episode through the agent loop, in which the model says these texts, a turn each."""
-    ids = [renderer.encode(text) + [renderer.close_id] for text in texts]
+    ids = [[*renderer.encode(text), renderer.close_id] for text in texts]
     policy = ScriptedPolicy(ids, stop_token_ids=renderer.stop_token_ids)
-    actor = TokenActor(policy, renderer, Sampling())
+    actor = TokenActor(renderer, policy)
     return await run_episode(EpisodeJob(task=task), env, actor)
+
+
+async def play_well(renderer: Renderer, env: ToolEnv, task: Task, *texts: str) -> Episode:
+    """`play`, of an episode in which nothing fails."""
+    episode = await play(renderer, env, task, *texts)
+    assert episode.error is None, episode.error
+    return episode
 
 
 def said(episode: Episode) -> list[str]:
@@ -74,7 +81,9 @@ def openenv_python() -> str:
 
 
 @pytest.fixture(scope="session")
-def openenv_server(openenv_python: str) -> Iterator[Callable[..., tuple[str, subprocess.Popen[bytes]]]]:
+def openenv_server(
+    openenv_python: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., tuple[str, subprocess.Popen[bytes]]]]:
     """Starts a server of `openenv_servers.py`; gives its URL and its process."""
     started: list[subprocess.Popen[bytes]] = []
 
@@ -83,12 +92,14 @@ def openenv_server(openenv_python: str) -> Iterator[Callable[..., tuple[str, sub
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         command = [openenv_python, str(SERVERS), kind, str(port), str(most)]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        log = tmp_path_factory.mktemp("openenv") / "log"  # a pipe that nobody reads would fill up and stop the server
+        with log.open("wb") as out:
+            process = subprocess.Popen(command, stdout=out, stderr=out)
         started.append(process)
         url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline:
             if process.poll() is not None:
-                raise RuntimeError(f"the server ended: {process.communicate()[1].decode()[-2000:]}")
+                raise RuntimeError(f"the server ended: {log.read_text()[-2000:]}")
             try:
                 httpx.get(f"{url}/health", trust_env=False).raise_for_status()
                 return url, process
@@ -100,4 +111,4 @@ def openenv_server(openenv_python: str) -> Iterator[Callable[..., tuple[str, sub
     for process in started:
         process.terminate()
     for process in started:
-        process.communicate(timeout=30)
+        process.wait(timeout=30)

@@ -14,7 +14,7 @@ from envs.__main__ import main
 from envs.registry import RegistryError
 from envs.tool_env import ToolEnv
 from envs.types import Limits, StopReason, Task
-from tests.adapters.conftest import call, play, said
+from tests.adapters.conftest import call, play, play_well, said
 
 pytestmark = pytest.mark.adapters
 
@@ -52,7 +52,7 @@ async def test_typed_actions(typed: str, make: Callable[..., ToolEnv], renderer:
     assert spec.parameters["properties"]["number"]["maximum"] == 9
     assert spec.parameters["required"] == ["number"]
     task = env.default_tasks("train", 8)[7]
-    episode = await play(
+    episode = await play_well(
         renderer,
         env,
         task,
@@ -93,7 +93,7 @@ async def test_mcp_tools(mcp: str, make: Callable[..., ToolEnv], renderer: Rende
     env = make(mcp, prompt="Add 2 and 3.", skip_verification=False)
     assert [(s.name, s.description) for s in env.tool_specs] == [("add", "Add two numbers."), ("fail", "Always fails.")]
     [task] = env.default_tasks("train", 1)
-    episode = await play(renderer, env, task, call("add", a=2, b=3), call("fail", kind="soft"), "It is 5.")
+    episode = await play_well(renderer, env, task, call("add", a=2, b=3), call("fail", kind="soft"), "It is 5.")
     await env.aclose()
     assert episode.task.messages == ({"role": "user", "content": "Add 2 and 3."},)
     assert said(episode)[0] == "5"
@@ -103,7 +103,9 @@ async def test_mcp_tools(mcp: str, make: Callable[..., ToolEnv], renderer: Rende
     assert episode.rewards == {"reward": 0.0, "success": 0.0}
 
 
-async def test_episodes_at_once_have_a_session_each(typed: str, make: Callable[..., ToolEnv], renderer: Renderer) -> None:
+async def test_episodes_at_once_have_a_session_each(
+    typed: str, make: Callable[..., ToolEnv], renderer: Renderer
+) -> None:
     instances = [make(typed, skip_verification=False) for _ in range(4)]
     tasks = instances[0].default_tasks("train", 4)
     episodes = await asyncio.gather(
@@ -117,7 +119,9 @@ async def test_episodes_at_once_have_a_session_each(typed: str, make: Callable[.
     assert [episode.rewards["reward"] for episode in episodes] == [0.75] * 4
 
 
-async def test_a_full_server_says_what_to_do(openenv_server: Start, make: Callable[..., ToolEnv], renderer: Renderer) -> None:
+async def test_a_full_server_says_what_to_do(
+    openenv_server: Start, make: Callable[..., ToolEnv], renderer: Renderer
+) -> None:
     url, _ = openenv_server("typed", most=1)
     first, second = make(url), make(url)
     [task] = first.default_tasks("train", 1)
@@ -140,7 +144,7 @@ async def test_a_server_that_dies_ends_the_episode_and_tells_no_model(
     process.wait()
     episode = await play(renderer, env, task)
     assert episode.error is not None
-    assert episode.error.where == "env"
+    assert episode.error.boundary == "env"
     assert f"openenv:{url}: no session" in episode.error.message
 
 
@@ -156,7 +160,7 @@ async def test_a_step_that_takes_too_long(typed: str, make: Callable[..., ToolEn
 
 async def test_budgets_are_ours(typed: str, make: Callable[..., ToolEnv], renderer: Renderer) -> None:
     env = make(typed, limits=Limits(max_turns=1))
-    episode = await play(renderer, env, env.default_tasks("train", 1)[0], call("guess", number=5))
+    episode = await play_well(renderer, env, env.default_tasks("train", 1)[0], call("guess", number=5))
     await env.aclose()
     assert episode.stop_reason is StopReason.MAX_TURNS
 

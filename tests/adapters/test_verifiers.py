@@ -14,7 +14,7 @@ from envs.__main__ import main
 from envs.dataset import read_tasks, write_tasks
 from envs.registry import RegistryError
 from envs.types import Limits, StopReason, Task
-from tests.adapters.conftest import call, play, said
+from tests.adapters.conftest import call, play_well, said
 
 pytestmark = [pytest.mark.adapters, pytest.mark.usefixtures("packages")]
 
@@ -44,7 +44,7 @@ async def test_tools_state_hooks_and_rewards(renderer: Renderer) -> None:
     )
     assert tasks[1].metadata["answer"] == 13
     log().clear()
-    episode = await play(
+    episode = await play_well(
         renderer,
         env,
         tasks[1],
@@ -57,13 +57,15 @@ async def test_tools_state_hooks_and_rewards(renderer: Renderer) -> None:
     )
     assert said(episode)[:2] == ["10", "13"]  # setup_task's start, and a state that two calls share
     assert '"number": 7' in said(episode)[2]
-    assert said(episode)[3] == "execution: Error executing tool counter_fail: on purpose".replace("counter_fail", "fail")
+    assert said(episode)[3] == "execution: Error executing tool counter_fail: on purpose".replace(
+        "counter_fail", "fail"
+    )
     assert said(episode)[4].startswith("invalid_arguments: Error executing tool add: 1 validation error")
     assert said(episode)[5].startswith('invalid_arguments: unknown argument "nmber"')
     assert episode.stop_reason is StopReason.LAST_TOOL
     assert episode.rewards == {"right": 1.0, "used_tools": 1.0, "turns": 6.0, "reward": 1.0, "success": 1.0}
     assert [entry for entry in log() if entry != "facts set up"] == ["setup", "finalize", "right"]
-    wrong = await play(renderer, env, tasks[2], "I do not know.")
+    wrong = await play_well(renderer, env, tasks[2], "I do not know.")
     assert wrong.rewards == {"right": 0.0, "used_tools": 0.0, "turns": 1.0, "reward": 0.0, "success": 0.0}
     await env.aclose()
 
@@ -75,7 +77,7 @@ async def test_without_verification_nothing_is_graded_and_nothing_is_left(render
     before = set(boxes.iterdir()) if boxes.is_dir() else set()
     env = envs.make("verifiers:vf_sums")
     log().clear()
-    episode = await play(renderer, env, env.default_tasks()[0], call("counter_add", number=1), "It is 12.")
+    episode = await play_well(renderer, env, env.default_tasks()[0], call("counter_add", number=1), "It is 12.")
     assert episode.stop_reason is StopReason.LAST_TOOL
     assert episode.rewards == {}
     assert "right" not in log()
@@ -88,11 +90,11 @@ async def test_without_verification_nothing_is_graded_and_nothing_is_left(render
 async def test_a_budget_ends_the_episode_and_it_is_graded(renderer: Renderer) -> None:
     env = envs.make("verifiers:vf_sums", skip_verification=False, limits=Limits(max_turns=2))
     calls = [call("counter_add", number=1)] * 2
-    episode = await play(renderer, env, env.default_tasks()[0], *calls)
+    episode = await play_well(renderer, env, env.default_tasks()[0], *calls)
     assert episode.stop_reason is StopReason.MAX_TURNS
     assert episode.rewards["used_tools"] == 1.0
     assert episode.rewards["turns"] == 2.0
-    answered = await play(renderer, env, env.default_tasks()[0], calls[0], "It is 12.")
+    answered = await play_well(renderer, env, env.default_tasks()[0], calls[0], "It is 12.")
     assert answered.stop_reason is StopReason.LAST_TOOL  # an answer in the last turn is an answer
     await env.aclose()
 
@@ -100,7 +102,7 @@ async def test_a_budget_ends_the_episode_and_it_is_graded(renderer: Renderer) ->
 async def test_the_environment_s_own_stop_rule(renderer: Renderer) -> None:
     env = envs.make("verifiers:vf_sums", skip_verification=False, task={"most_calls": 2})
     one = call("counter_add", number=1)
-    episode = await play(renderer, env, env.default_tasks()[0], one, one)
+    episode = await play_well(renderer, env, env.default_tasks()[0], one, one)
     assert episode.stop_reason is StopReason.ANSWERED
     assert len(episode.turns) == 2
     assert episode.rewards["turns"] == 2.0
@@ -113,7 +115,7 @@ async def test_episodes_at_once_share_nothing_but_the_task_set_s_tools(renderer:
     tasks = instances[0].default_tasks()
     episodes = await asyncio.gather(
         *(
-            play(
+            play_well(
                 renderer, env, tasks[i], call("counter_add", number=3, times=4), call("look_up", word="x"), f"{i + 12}"
             )
             for i, env in enumerate(instances)
@@ -131,7 +133,7 @@ async def test_an_environment_that_talks(renderer: Renderer) -> None:
     env = envs.make("verifiers:vf_guess", skip_verification=False)
     assert env.tool_specs == ()
     task = env.default_tasks("train", 6)[5]
-    episode = await play(renderer, env, task, "3", "4", "5")
+    episode = await play_well(renderer, env, task, "3", "4", "5")
     assert episode.task.messages == (
         {"role": "system", "content": "Answer with a number."},
         {"role": "user", "content": "I hide a number below ten. Guess!"},
@@ -141,7 +143,7 @@ async def test_an_environment_that_talks(renderer: Renderer) -> None:
     assert episode.rewards == {"right": 1.0, "turns": 3.0, "guesses": 3.0, "reward": 1.0, "success": 1.0}
     await env.aclose()
     short = envs.make("verifiers:vf_guess", skip_verification=False, limits=Limits(max_turns=2))
-    cut = await play(renderer, short, task, "3", "4")
+    cut = await play_well(renderer, short, task, "3", "4")
     assert cut.stop_reason is StopReason.MAX_TURNS
     assert cut.rewards == {"right": 0.0, "turns": 2.0, "guesses": 2.0, "reward": 0.0, "success": 0.0}
     await short.aclose()
@@ -159,7 +161,7 @@ def test_held_out_tasks_and_task_files(tmp_path: Path) -> None:
     observation, _ = again.reset(seed=0, options={"task": read_tasks(file)[0]})
     assert observation[-1]["content"] == "What is 2 + 3 * 4?"
     again.close()
-    with pytest.raises(ValueError, match="has no metadata.verifiers"):
+    with pytest.raises(ValueError, match=r"has no metadata\.verifiers"):
         again.reset(options={"task": Task(id="x", messages=({"role": "user", "content": "Hi"},))})
 
 
@@ -173,7 +175,8 @@ __all__ = ["T"{names}]
 REFUSED = {
     "container": ("class K(vf.Task):\n    NEEDS_CONTAINER = True\n" + ONE_TASK, "need a container"),
     "intercept": (
-        "class K(vf.Task):\n    @vf.intercept\n    async def clean(self, request: vf.Request): return None\n" + ONE_TASK,
+        "class K(vf.Task):\n    @vf.intercept\n    async def clean(self, request: vf.Request): return None\n"
+        + ONE_TASK,
         "@vf.intercept clean",
     ),
     "stop": (
@@ -194,11 +197,13 @@ REFUSED = {
     ),
     "dumb_tool": (
         "class S(vf.Toolset[vf.ToolsetConfig, vf.State]):\n    @vf.tool\n    async def x(self) -> str: return ''\n"
-        "class K(vf.Task):\n    @classmethod\n    def toolsets(cls, config): return [S(vf.ToolsetConfig())]\n" + ONE_TASK,
+        "class K(vf.Task):\n    @classmethod\n    def toolsets(cls, config): return [S(vf.ToolsetConfig())]\n"
+        + ONE_TASK,
         "tool 's_x' has no description",
     ),
     "two_agents": (
-        "class C(vf.EnvConfig):\n    one: vf.AgentConfig = vf.AgentConfig()\n    two: vf.AgentConfig = vf.AgentConfig()\n"
+        "class C(vf.EnvConfig):\n    one: vf.AgentConfig = vf.AgentConfig()\n"
+        "    two: vf.AgentConfig = vf.AgentConfig()\n"
         "class E(vf.Env[C]):\n    async def run(self, task, agents): pass\nclass K(vf.Task): pass\n"
         + ONE_TASK.replace("{names}", ', "E"'),
         "has the agents one, two",

@@ -46,4 +46,4 @@ class GuessEnv(vf.Env[GuessEnvConfig]):
         trace.record_metric("guesses", trace.info["guesses"])
 
 
-__all__ = ["GuessTaskset", "GuessEnv"]
+__all__ = ["GuessEnv", "GuessTaskset"]
