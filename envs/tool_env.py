@@ -108,7 +108,7 @@ class ToolEnv(gymnasium.Env[tuple[Message, ...], AssistantMessage]):
         """Prepare the episode: fill `self.state`. `self.np_random` is seeded. Where the opening depends on what was
         prepared, change `self.messages`, which hold the task's."""
 
-    def on_no_call(self, action: AssistantMessage) -> Message | None | Awaitable[Message | None]:
+    def on_no_call(self, action: AssistantMessage) -> Message | Awaitable[Message | None] | None:
         """What the environment answers to a message without a call, under `termination_policy = "max_turns"` or where
         it `converses`; None ends the episode."""
         return {"role": "user", "content": "Go on. Call a tool."}

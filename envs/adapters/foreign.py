@@ -43,7 +43,7 @@ class ForeignArguments(Arguments):
                 missing = [{"type": "missing", "loc": (name,)}]
                 raise ToolFailure(self._explain_one(name, arguments, missing), ToolErrorKind.INVALID_ARGUMENTS)
         try:
-            json.dumps(arguments, allow_nan=False).encode()
+            json.dumps(arguments, allow_nan=False, ensure_ascii=False).encode()
         except (ValueError, TypeError, RecursionError):
             reason = "arguments are not plain JSON: NaN, infinity, broken Unicode and nesting without end are refused"
             raise ToolFailure(reason, ToolErrorKind.INVALID_ARGUMENTS) from None

@@ -4,8 +4,8 @@
     python -m envs check openenv:http://127.0.0.1:8000
 
 OpenEnv (https://github.com/huggingface/OpenEnv, packages `openenv` and `openenv-core`) runs an environment as a server
-with `reset`, `step` and `state`. Its client is not needed here: an episode is one WebSocket on `/ws`, JSON both ways. Who
-starts the server, in a container or not, is the user.
+with `reset`, `step` and `state`. Its client is not needed here: an episode is one WebSocket on `/ws`, JSON both ways.
+It is the user who starts the server, in a container or not.
 
 An action type is a tool, its fields the arguments; a union of actions is a tool each. A server that offers MCP tools
 has these instead. `done` ends the episode, and the rewards of the steps add up to `reward`.
@@ -47,7 +47,8 @@ _MCP_ERRORS = {
 
 
 class OpenEnvError(ToolContractError):
-    """The server is gone, is full, or speaks otherwise than OpenEnv 0.3 to 0.10. It ends the episode: no model is told."""
+    """The server is gone, is full, or speaks otherwise than OpenEnv 0.3 to 0.10. It ends the episode, and no model is
+    told of it."""
 
 
 class OpenEnvEnv(ToolEnv):

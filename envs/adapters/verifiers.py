@@ -4,9 +4,9 @@
     python -m envs check verifiers:my-env
     python -m distill.run --env verifiers:my-env --env_args.difficulty hard
 
-An environment is a task set: rows with a prompt, tools, rewards, and a program that drives the agents (`Env.run`), by default
-one agent on the prompt. All of it is the author's own code, which runs here with our rights; only the agent is ours
-(`envs.adapters.verifiers_run`). Rewards, metrics and judges are called with verification only.
+An environment is a task set: rows with a prompt, tools, rewards, and a program that drives the agents (`Env.run`), by
+default one agent on the prompt. All of it is the author's own code, which runs here with our rights; only the agent is
+ours (`envs.adapters.verifiers_run`). Rewards, metrics and judges are called with verification only.
 
 Versions before 0.4, with `load_environment`, have another interface and are refused.
 """
@@ -33,7 +33,7 @@ NUM_ENDLESS = 1000
 TOOL_TIMEOUT_S = 600.0
 """verifiers' own limit of a tool call."""
 HARNESSES = ("bash", "null")
-"""Programs that play an agent where the task set names none: ours takes their place, with the environment's tools alone."""
+"""Programs that play an agent where the task set names none: ours takes their place, with the environment's tools."""
 
 
 def _installed() -> None:
@@ -126,7 +126,7 @@ class VerifiersEnv(ToolEnv):
             return None
         if len(said) != 1 or said[0]["role"] != "user":
             roles = [message["role"] for message in said]
-            raise EnvSetupError(f"verifiers:{self._name} answers with messages of {roles}; one of the user is mapped")
+            raise EnvSetupError(f"verifiers:{self._name} answers with messages of {roles}; one of a user is mapped")
         return said[0]
 
     async def is_over(self) -> bool:
@@ -144,7 +144,7 @@ class VerifiersEnv(ToolEnv):
         row = task.metadata.get("verifiers")
         if not isinstance(row, dict):
             raise EnvSetupError(
-                f"verifiers:{self._name}: task {task.id!r} has no metadata.verifiers; its tasks are those of the task set"
+                f"verifiers:{self._name}: task {task.id!r} has no metadata.verifiers; take tasks of default_tasks"
             )
         task_class = self._rules.task_class
         return task_class(task_class.data_type().model_validate(row), self._rules.env.taskset.config.task)
@@ -159,7 +159,7 @@ class VerifiersEnv(ToolEnv):
         return await self._servers.call(tool, arguments)
 
     async def _grade(self, task: Task, state: dict[str, Any], messages: Sequence[Message]) -> dict[str, float]:
-        """Rewards and metrics by their names, `reward` as verifiers adds it up, and that as `success`, cut to [0, 1]."""
+        """Rewards and metrics by name, `reward` as verifiers adds it up, and that as `success`, cut to [0, 1]."""
         assert self._run is not None
         trace = await self._run.finish()
         scores = {name: reward.score for name, reward in trace.rewards.items() if reward is not None}
@@ -278,7 +278,7 @@ def _judges(value: Any) -> Iterator[Any]:
 
 
 def _tasks(name: str, taskset: Any, first: int, last: int | None) -> Iterator[Task]:
-    from envs.adapters.verifiers_run import opening
+    from envs.adapters.verifiers_messages import opening
 
     if last is None and not taskset.bounded:
         last = first + NUM_ENDLESS

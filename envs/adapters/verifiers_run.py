@@ -1,8 +1,8 @@
 """One episode of a verifiers environment, whose own program runs beside ours.
 
 verifiers' `Env.run(task, agents)` drives its agents: `await agents.solver.run(task)`, or turn by turn in an
-`interaction`. Here an agent is a `Seat`. It samples nothing: it hands what the environment says to our loop and waits for
-what our model said to it.
+`interaction`. Here an agent is a `Seat`. It samples nothing: it hands what the environment says to our loop and waits
+for what our model said to it.
 
     Env.run  --Seat.turn(messages)-->  Run  --opening, next-->  VerifiersEnv (a ToolEnv)
     Env.run  <--------- Segment -----  Run  <---- reply ------  VerifiersEnv
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -22,79 +21,16 @@ import verifiers.v1 as vf
 from verifiers.v1.agent import Segment
 from verifiers.v1.session import call_hook
 from verifiers.v1.state import state_cls
-from verifiers.v1.types import AssistantMessage, SystemMessage, Tool, ToolCall, ToolMessage, UserMessage, content_text
+from verifiers.v1.types import AssistantMessage, Tool
 from verifiers.v1.utils.decorators import discover_decorated, invoke
 
+from envs.adapters.verifiers_messages import opening, ours, theirs
 from envs.tool_env import EnvSetupError
 from envs.types import Message
 
 
 class Unmapped(EnvSetupError):
     """What the environment asks of its agents while it runs, and a seat of ours cannot do."""
-
-
-# Messages, both ways
-
-
-def ours(messages: Any) -> list[Message]:
-    """A prompt or a turn of verifiers as our messages.
-
-    Raises:
-        EnvSetupError: something that is no text.
-    """
-    if isinstance(messages, str):
-        return [{"role": "user", "content": messages}]
-    found: list[Message] = []
-    for item in messages or ():
-        message = item if isinstance(item, dict) else item.model_dump(exclude_none=True)
-        content = message.get("content")
-        if not isinstance(content, str | None) and any(_kind(part) != "text" for part in content or ()):
-            raise EnvSetupError("a message with an image: only text can be played")
-        text = content if isinstance(content, str) else content_text(content) if content else ""
-        if isinstance(content, list) and isinstance(item, dict):
-            text = "\n".join(str(part["text"]) for part in content)
-        role = message["role"]
-        said: Message = {"role": role, "content": text}
-        if role == "assistant" and (calls := message.get("tool_calls")):
-            said["tool_calls"] = [
-                {
-                    "id": call["id"],
-                    "type": "function",
-                    "function": {"name": call["name"], "arguments": json.loads(call["arguments"] or "{}")},
-                }
-                for call in calls
-            ]
-        if role == "tool":
-            said["tool_call_id"] = message["tool_call_id"]
-            said["name"] = message.get("name") or ""
-        found.append(said)
-    return found
-
-
-def _kind(part: Any) -> Any:
-    return part.get("type") if isinstance(part, dict) else part.type
-
-
-def theirs(message: Message) -> Any:
-    """One of our messages, typed as verifiers types it."""
-    content = message.get("content", "")
-    match message["role"]:
-        case "system":
-            return SystemMessage(content=content)
-        case "user":
-            return UserMessage(content=content)
-        case "tool":
-            return ToolMessage(tool_call_id=message["tool_call_id"], content=content, name=message.get("name") or None)
-    calls = [
-        ToolCall(id=c["id"], name=c["function"]["name"], arguments=json.dumps(c["function"]["arguments"]))
-        for c in message.get("tool_calls", ())
-    ]
-    return AssistantMessage(
-        content=content, reasoning_content=message.get("reasoning_content"), tool_calls=calls or None
-    )
-
-
-# The run
 
 
 @dataclass
@@ -352,14 +288,6 @@ class Interaction:
 
     def __getattr__(self, name: str) -> Any:
         raise Unmapped(f"the environment asks its interaction for {name!r}; one of ours has `turn` and `trace`")
-
-
-def opening(task: vf.Task) -> list[Message]:
-    """System prompt and prompt of a task."""
-    system: list[Message] = (
-        [{"role": "system", "content": task.data.system_prompt}] if task.data.system_prompt is not None else []
-    )
-    return [*system, *ours(task.data.prompt)]
 
 
 def interceptors(task_class: type[vf.Task]) -> list[str]:

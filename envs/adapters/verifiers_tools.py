@@ -1,8 +1,8 @@
 """The toolsets of a verifiers environment, called in this process.
 
-verifiers serves each toolset as an MCP server in a process of its own, one an episode. Here the same object is registered
-with the same MCP class, which makes the schemas, validates the arguments and shapes the results, without the wire between.
-What a call changes in `self.state` changes the trace's state at once.
+verifiers serves each toolset as an MCP server in a process of its own, one an episode. Here the same object is
+registered with the same MCP class, which makes the schemas, validates the arguments and shapes the results, without the
+wire between. What a call changes in `self.state` changes the trace's state at once.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Environments of verifiers in this process, OpenEnv servers in processes of their own, a model that says what it should."""
+"""Environments of verifiers in this process, OpenEnv servers in processes of their own, and a scripted model."""
 
 from __future__ import annotations
 
