@@ -116,10 +116,13 @@ class OpenEnvEnv(ToolEnv):
 
     async def on_reset(self, task: Task) -> None:
         await self.aclose()  # a session an episode: what one leaves behind on the server, another never sees
-        self._session = await _Session.open(self.base_url)
-        seen = await self._session.exchange("reset", dict(task.metadata.get("reset", {})))
+        try:
+            self._session = await _Session.open(self.base_url)
+            seen = await self._session.exchange("reset", dict(task.metadata.get("reset", {})))
+        except OpenEnvError as error:  # no tool's fault
+            raise ConnectionError(str(error)) from error
         if seen.get("done"):
-            raise OpenEnvError(f"openenv:{self.base_url}: reset gave an episode that is over already")
+            raise ConnectionError(f"openenv:{self.base_url}: reset gave an episode that is over already")
         self.state["reward"] = float(seen.get("reward") or 0.0)
         if text := _text(seen["observation"]):
             last = self.messages[-1]

@@ -15,7 +15,7 @@ from envs.tool_env import ToolEnv
 from envs.types import Limits, StopReason, Task
 from tests.adapters.conftest import call, play, play_well, said
 
-pytestmark = pytest.mark.adapters
+pytestmark = [pytest.mark.adapters, pytest.mark.timeout(900)]
 
 Start = Callable[..., tuple[str, "subprocess.Popen[bytes]"]]
 
