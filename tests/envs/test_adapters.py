@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pytest
+from pydantic import BaseModel, Field, TypeAdapter
 
 import envs
 from envs.adapters.foreign import foreign_tool
+from envs.adapters.openenv import _actions, _constants, _tool_of
 from envs.registry import RegistryError
 from envs.tool_env import EnvSetupError
 from tools.tool import Tool
@@ -87,3 +89,29 @@ def test_a_package_that_is_not_installed() -> None:
     with pytest.raises(RegistryError, match=r"pip install 'distill-gym\[verifiers\]'"):
         envs.make("verifiers:anything")
     assert envs.spec("verifiers:anything").source == "adapter"
+
+
+class MovePieceAction(BaseModel):
+    """Move a piece."""
+
+    kind: Literal["move"] = "move"
+    square: str = Field(pattern="[a-h][1-8]")
+    metadata: dict[str, Any] = Field(default_factory=dict)
+
+
+class ResignAction(BaseModel):
+    kind: Literal["resign"]
+
+
+def test_a_union_of_actions_is_a_tool_each() -> None:
+    either = TypeAdapter(Annotated[MovePieceAction | ResignAction, Field(discriminator="kind")])
+    found = _actions("url", either.json_schema())
+    move, resign = (_tool_of(title, schema) for title, schema in found)
+    assert (move[:2], resign[:2]) == (("move_piece", "Move a piece."), ("resign", "Take the action ResignAction."))
+    assert move[2]["properties"] == {"square": {"pattern": "[a-h][1-8]", "title": "Square", "type": "string"}}
+    assert (move[2]["required"], resign[2]["required"], resign[2]["properties"]) == (["square"], [], {})
+    assert [_constants(schema) for _, schema in found] == [{"kind": "move"}, {"kind": "resign"}]
+    [(title, only)] = _actions("url", MovePieceAction.model_json_schema())
+    assert (title, only["required"]) == ("MovePieceAction", ["square"])
+    with pytest.raises(EnvSetupError, match="'Text' has no named fields"):
+        _actions("url", {"type": "string", "title": "Text"})
