@@ -120,6 +120,8 @@ class Run:
     async def finish(self) -> vf.Trace:
         """The episode is over, by whatever reason: let the program end, which grades."""
         self._over = True
+        if self.trace is not None and self._answer is not None and not self._answer.done():
+            self.trace.stop("max_turns")  # the agent was at work: a budget of ours ended it
         self._deliver()
         await self._program
         if self.trace is None:

@@ -63,10 +63,11 @@ async def test_tools_state_hooks_and_rewards(renderer: Renderer) -> None:
     assert said(episode)[4].startswith("invalid_arguments: Error executing tool add: 1 validation error")
     assert said(episode)[5].startswith('invalid_arguments: unknown argument "nmber"')
     assert episode.stop_reason is StopReason.LAST_TOOL
-    assert episode.rewards == {"right": 1.0, "used_tools": 1.0, "turns": 6.0, "reward": 1.0, "success": 1.0}
+    right = {"right": 1.0, "used_tools": 1.0, "reward": 1.0, "success": 1.0}
+    assert episode.rewards == {**right, "turns": 6.0, "cut": 0.0}
     assert [entry for entry in log() if entry != "facts set up"] == ["setup", "finalize", "right"]
     wrong = await play_well(renderer, env, tasks[2], "I do not know.")
-    assert wrong.rewards == {"right": 0.0, "used_tools": 0.0, "turns": 1.0, "reward": 0.0, "success": 0.0}
+    assert wrong.rewards == {**dict.fromkeys(right, 0.0), "turns": 1.0, "cut": 0.0}
     await env.aclose()
 
 
@@ -92,8 +93,14 @@ async def test_a_budget_ends_the_episode_and_it_is_graded(renderer: Renderer) ->
     calls = [call("counter_add", number=1)] * 2
     episode = await play_well(renderer, env, env.default_tasks()[0], *calls)
     assert episode.stop_reason is StopReason.MAX_TURNS
-    assert episode.rewards["used_tools"] == 1.0
-    assert episode.rewards["turns"] == 2.0
+    assert episode.rewards == {
+        "right": 0.0,
+        "used_tools": 1.0,
+        "reward": 0.25,
+        "success": 0.25,
+        "turns": 2.0,
+        "cut": 1.0,
+    }
     answered = await play_well(renderer, env, env.default_tasks()[0], calls[0], "It is 12.")
     assert answered.stop_reason is StopReason.LAST_TOOL  # an answer in the last turn is an answer
     await env.aclose()

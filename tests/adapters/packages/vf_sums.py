@@ -91,6 +91,10 @@ class SumsTask(vf.Task[SumsData, SumsState, SumsConfig]):
     async def turns(self, trace: vf.Trace, runtime: vf.Runtime) -> float:
         return float(trace.num_turns + 100 * (trace.info["note"] != "written at setup"))
 
+    @vf.metric
+    async def cut(self, trace: vf.Trace) -> float:
+        return float(trace.is_truncated)
+
 
 class SumsTaskset(vf.Taskset[SumsTask, SumsTasksetConfig]):
     def load(self):
