@@ -86,13 +86,16 @@ def _plain(words: Sequence[str]) -> list[str]:
     """Without the second of two commands, brackets around what may be left out, and dots for what the reader adds."""
     kept: list[str] = []
     for word in words:
-        last = word.endswith(";")
-        word = word.rstrip(";")
-        word = word.removeprefix("[") if "]" not in word else word
-        word = word.removesuffix("]") if "[" not in word else word[1:-1] if re.fullmatch(r"\[.*\]", word) else word
-        if word != "..." or (kept and kept[-1].startswith("--")):
-            kept.append(word)
-        if last:
+        plain = word.rstrip(";")
+        if plain == ">":
+            break
+        if re.fullmatch(r"\[[a-z]+\]", plain):  # what may follow, in words
+            continue
+        if plain.count("[") != plain.count("]") or re.fullmatch(r"\[.*\]", plain):
+            plain = plain.strip("[]")
+        if plain != "..." or (kept and kept[-1].startswith("--")):
+            kept.append(plain)
+        if word.endswith(";"):
             break
     return kept
 
@@ -185,7 +188,14 @@ def parsed(words: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[argparse.
 def test_the_commands_were_found() -> None:
     assert len(ALL) > 80
     by_module = {command.words[1] for command in ALL}
-    assert {"distill.run", "distill.sft", "distill.import_config", "agent_loop.view", "tools.pages", STARTER} <= by_module
+    assert {
+        "distill.run",
+        "distill.sft",
+        "distill.import_config",
+        "agent_loop.view",
+        "tools.pages",
+        STARTER,
+    } <= by_module
 
 
 def test_extras_and_targets_that_are_named_exist() -> None:
@@ -212,7 +222,7 @@ def headings(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_and_images_lead_somewhere(page: Path) -> None:
-    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"^```.*?^```|`[^`\n]*`|^    .*?$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
         if link.startswith(("http://", "https://", "mailto:")):
             continue
@@ -225,11 +235,13 @@ def test_links_and_images_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_files_that_are_named_are_there(page: Path) -> None:
-    """`distill/gateway.py` and its like, from the root or from beside the page."""
-    packages = (*OURS, "configs", "docs", "tests")
-    for name in re.findall(r"`((?:[\w.-]+/)+[\w.-]+\.(?:py|md|toml|json))`", page.read_text()):
-        if name.partition("/")[0] in packages:
-            assert (ROOT / name).is_file(), f"{page.name}: {name}"
+    """`distill/gateway.py` and its like, and tests by their names, from the root or as the tests' folders have them."""
+    pattern = r"`((?:[\w.-]+/)*[\w.-]+\.(?:py|md|toml|json))(?:::(\w+))?`"
+    for name, test in re.findall(pattern, page.read_text()):
+        found = [file for start in ("", "tests", "tests/runs") if (file := ROOT / start / name).is_file()]
+        if name.partition("/")[0] in (*OURS, "configs", "docs", "tests") or test:
+            assert found, f"{page.name}: {name}"
+        assert not test or f"def {test}(" in found[0].read_text(), f"{page.name}: {name}::{test}"
 
 
 def test_every_page_can_be_reached_from_the_readme() -> None:

@@ -66,7 +66,11 @@ def teach_to_browse(model: Path, url: str) -> None:
     from distill.tiny.tokenizer import END, PAD
 
     def call(name: str, **arguments: str) -> Message:
-        return {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": name, "arguments": arguments}}]}
+        return {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"function": {"name": name, "arguments": arguments}}],
+        }
 
     def ids(messages: Sequence[Message], end: str = "") -> list[int]:
         encoded: list[int] = tokenizer.encode(render(messages, TOOLS) + end, add_special_tokens=False)
