@@ -1,4 +1,4 @@
-"""The documentation: each command that it prints is one that the real parsers take, each link and path leads somewhere."""
+"""The documentation: its commands are what the real parsers take, its links and paths lead somewhere."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ async def site() -> AsyncIterator[Site]:
 
 
 def teach_to_browse(model: Path, url: str) -> None:
-    """A few steps on dialogues that open `url`, whatever the question is: what the tiny model plays reaches the site."""
+    """A few steps on dialogues that open `url`, whatever the question is, so that the tiny model reaches the site."""
     import torch
     from transformers import AutoTokenizer, Qwen3ForCausalLM
 

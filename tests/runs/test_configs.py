@@ -15,7 +15,7 @@ from tests.runs.config_cases import CASES, FOLDER, ROOT, WHOLE, check_run, flags
 
 def test_every_file_has_a_case() -> None:
     assert sorted([*CASES, *WHOLE]) == sorted(file.stem for file in FOLDER.glob("*.toml"))
-    assert WHOLE == (test_cpu_default.CONFIG.stem,)
+    assert (test_cpu_default.CONFIG.stem,) == WHOLE
 
 
 @pytest.mark.slow
