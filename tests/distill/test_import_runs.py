@@ -33,10 +33,10 @@ NO_SERVERS = {"student.server": "none", "teacher.server": "none"}
 OVERRIDES = {
     "same.toml": SHORT | NO_SERVERS | {"teacher.model": "teacher"},
     "other.toml": SHORT | NO_SERVERS | {"teacher.model": "teacher"},
-    # The teacher runs elsewhere, under the name in the file.
-    "elsewhere.toml": SHORT | {"student.server": "none", "teacher.base_url": "{teacher}"},
+    # The teacher runs elsewhere: at an address of this machine.
+    "elsewhere.toml": SHORT | {"student.server": "none", "teacher.model": "teacher", "teacher.base_url": "{teacher}"},
     "pure.toml": SHORT | NO_SERVERS | {"teacher.model": "teacher"},
-    "newer.toml": SHORT | {"student.server": "none", "teacher.base_url": "{teacher}"},
+    "newer.toml": SHORT | {"student.server": "none", "teacher.model": "teacher", "teacher.base_url": "{teacher}"},
     # Four bits need a GPU.
     "config.yml": NO_SERVERS
     | {
@@ -59,15 +59,15 @@ OVERRIDES = {
 
 
 @contextmanager
-def serving(model: Path, name: str, log: Path) -> Iterator[str]:
-    """A teacher on a server of its own, under a name; its address."""
+def serving(model: Path, log: Path) -> Iterator[str]:
+    """A teacher on a server of its own, under its folder's name; its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = ["-m", "distill.serving.embedded", "--model", str(model), "--port", str(port)]
     with log.open("wb") as out:
         process = subprocess.Popen(
-            [sys.executable, *command, "--served-model-name", name], stdout=out, stderr=out, env=ENVIRONMENT
+            [sys.executable, *command, "--served-model-name", model.name], stdout=out, stderr=out, env=ENVIRONMENT
         )
     try:
         deadline = time.monotonic() + 200
@@ -152,8 +152,9 @@ def test_an_example_trains_two_steps(name: str, place: Path, capsys: pytest.Capt
         assert "impossible" not in report
     config = load_config(["new.toml"]).config
     if "{teacher}" in OVERRIDES[name].values():
-        assert config.teacher.model is not None
-        with serving(teacher, config.teacher.model, place / "log") as url:
+        assert config.teacher.base_url
+        assert config.teacher.server is None
+        with serving(teacher, place / "log") as url:
             train(name, url)
     else:
         train(name, "")

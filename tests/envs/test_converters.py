@@ -93,7 +93,7 @@ def test_a_field_of_a_column_is_named_with_a_dot(tmp_path: Path) -> None:
     assert task.metadata == {"answer": "1", "x.y": "2"}
     with pytest.raises(OptionError, match=r"'gold.trut' \(did you mean 'gold.truth'\?\).*: q, gold, x.y, gold.truth"):
         list(convert(data, prompt="q", answer="gold.trut"))
-    with pytest.raises(TaskError, match="has no column 'gold.truth', which earlier rows have"):
+    with pytest.raises(TaskError, match=r"has no column 'gold\.truth', which earlier rows have"):
         list(convert(str(source(tmp_path, "jsonl", rows)), prompt="q", answer="gold.truth"))
 
 

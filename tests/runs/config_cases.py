@@ -26,7 +26,8 @@ TINY = {"student.model": "student", "teacher.model": "teacher"}
 """The folders of `tiny_models`."""
 FLOAT32 = {"student.server.dtype": "float32", "teacher.server.dtype": "float32"}
 """The trainer computes in float32 where there is no GPU, and a server takes 16 bits."""
-PAPERS = 24
+ROWS = 24
+"""Of an invented data set."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,15 +65,28 @@ def papers(folder: Path) -> None:
             "final_decision": ("yes", "no", "maybe")[i % 3],
             "LONG_ANSWER": "Remedies help.",
         }
-        for i in range(PAPERS)
+        for i in range(ROWS)
     }
     (folder / "ori_pqal.json").write_text(json.dumps(rows))
-    tests = {pmid: row["final_decision"] for pmid, row in list(rows.items())[: PAPERS // 3]}
+    tests = {pmid: row["final_decision"] for pmid, row in list(rows.items())[: ROWS // 3]}
     (folder / "test_ground_truth.json").write_text(json.dumps(tests))
     for split in ("train", "test"):
         pages = ["--pages", str(folder / "pubmedqa_pages.jsonl")] if split == "train" else []
         out = ["--split", split, "--out", str(folder / f"pubmedqa_{split}.jsonl")]
         assert convert_dataset.main(["pubmedqa", str(folder), *out, *pages]) == 0
+
+
+def word_problems(folder: Path) -> None:
+    """Models, and invented problems in the form of GSM8K."""
+    tiny_models(folder)
+    data = folder / "gsm8k"
+    data.mkdir()
+    for file, first in (("train.jsonl", 0), ("test.jsonl", ROWS)):
+        rows = [
+            {"question": f"Ann has {i} pens and buys 2. How many?", "answer": f"{i} + 2 = {i + 2}\n#### {i + 2}"}
+            for i in range(first, first + ROWS)
+        ]
+        (data / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def nothing(folder: Path) -> None:
@@ -86,6 +100,11 @@ CASES = {
         suite="slow",
         overrides=SHORT | {"student.model": "student"},
         prepare=papers,
+    ),
+    "gsm8k_smollm2": Case(
+        suite="slow",
+        overrides=SHORT | TINY | {"env_args.data": "gsm8k", "rollout.batch_size": "4"},
+        prepare=word_problems,
     ),
     "medbrowse_vllm_cpu": Case(
         suite="vllm",
