@@ -235,13 +235,14 @@ def test_links_and_images_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_files_that_are_named_are_there(page: Path) -> None:
-    """`distill/gateway.py` and its like, and tests by their names, from the root or as the tests' folders have them."""
+    """`distill/gateway.py` and its like, and what is named in them, from the root or as the tests' folders have them."""
     pattern = r"`((?:[\w.-]+/)*[\w.-]+\.(?:py|md|toml|json))(?:::(\w+))?`"
     for name, test in re.findall(pattern, page.read_text()):
         found = [file for start in ("", "tests", "tests/runs") if (file := ROOT / start / name).is_file()]
         if name.partition("/")[0] in (*OURS, "configs", "docs", "tests") or test:
             assert found, f"{page.name}: {name}"
-        assert not test or f"def {test}(" in found[0].read_text(), f"{page.name}: {name}::{test}"
+        written = rf"^\s*(?:async )?(?:def|class) {test}\b|^{test}\b"
+        assert not test or re.search(written, found[0].read_text(), re.MULTILINE), f"{page.name}: {name}::{test}"
 
 
 def test_every_page_can_be_reached_from_the_readme() -> None:
