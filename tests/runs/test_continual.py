@@ -1,24 +1,25 @@
-"""The continual-learning recipe in small: the skill falls, comes back, and what was learnt stays."""
+"""The documents and questions of `bench.continual`: what is asked was taught, and in other words."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
+from agent_loop.renderer import load_renderer
+from bench.continual_data import write
+from distill.documents import read_data
+from distill.tiny.tokenizer import build_tokenizer
+from envs.dataset import read_tasks
 
-from bench.continual import Lab, Sizes, made
 
-SMALL = Sizes(num_ships=12, num_replayed=40, steps=12, every=12, num_tasks=100, samples=3)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_distillation_from_the_original_wins_the_skill_back_and_keeps_the_knowledge(tmp_path: Path) -> None:
-    result = made(Lab(tmp_path / "seed0", 0, SMALL), "recipe")
-    original, mixed, regained = result["points"]
-    assert original["skill"] >= 0.95
-    assert original["knowledge"] <= 0.05
-    assert mixed["skill"] <= original["skill"] - 0.15
-    assert mixed["knowledge"] >= 0.6
-    assert regained["skill"] >= mixed["skill"] + 0.1
-    assert regained["knowledge"] >= 0.8 * mixed["knowledge"]
+def test_each_question_is_answered_in_the_documents_and_worded_as_none_of_them(tmp_path: Path) -> None:
+    files = write(tmp_path, num_ships=6, seed=1)
+    episodes = list(read_data([files.documents], load_renderer(build_tokenizer()), max_tokens=None))
+    asked = {message["content"] for episode in episodes for message in episode.task.messages}
+    taught = {episode.turns[0].message.content for episode in episodes if episode.task.messages}
+    texts = " ".join(episode.turns[0].text for episode in episodes if not episode.task.messages)
+    tasks = read_tasks(files.questions)
+    assert (len(tasks), len(asked)) == (12, 60)
+    for task in tasks:
+        assert task.messages[0]["content"] not in asked
+        assert task.metadata["answer"] in taught
+        assert task.metadata["answer"] in texts
