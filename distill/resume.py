@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.config import RunConfig
+from distill.config_keys import general
 from distill.config_load import Change, ConfigError, LoadedConfig, leaves, load_config
 from envs.dataset import task_to_row
 from envs.types import Task
@@ -40,6 +41,11 @@ FREE_KEYS = (
     "teacher.timeout_s",
     "teacher.max_tokens_in_flight",
     "teacher.max_dropped_fraction",
+    "teachers.NAME.base_url",
+    "teachers.NAME.server",
+    "teachers.NAME.api_key_env",
+    "teachers.NAME.timeout_s",
+    "teachers.NAME.max_tokens_in_flight",
     "optim.micro_batch_tokens",
 )
 """Keys and tables that a resumed run may change: they say where and how fast it runs, when it stops, what it saves and
@@ -102,7 +108,8 @@ def changes_between(old: RunConfig, new: RunConfig) -> list[Change]:
 
 
 def _covered(key: str, by: Iterable[str]) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in by)
+    spellings = {key, ".".join(general(tuple(key.split("."))))}
+    return any(spelt == name or spelt.startswith(f"{name}.") for name in by for spelt in spellings)
 
 
 # The tasks
