@@ -633,6 +633,14 @@ class RunConfig(Section):
             dtype=teacher.dtype,
         )
 
+    @property
+    def places_of_teachers(self) -> dict[str, OneTeacherConfig]:
+        """`place_of` of the teachers that a source has, by the name of the first teacher there."""
+        places: dict[OneTeacherConfig, str] = {}
+        for name, teacher in self.all_teachers.items():
+            places.setdefault(self.place_of(teacher), name)
+        return {name: place for place, name in places.items()}
+
     @model_validator(mode="before")
     @classmethod
     def _without_env(cls, values: Any) -> Any:

@@ -8,13 +8,16 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distill.config import RunConfig
 from distill.config_keys import general
 from distill.config_load import Change, ConfigError, LoadedConfig, leaves, load_config
 from envs.dataset import task_to_row
 from envs.types import Task
+
+if TYPE_CHECKING:
+    from distill.sources import Source
 
 FREE_KEYS = (
     "steps",
@@ -120,7 +123,8 @@ class TaskSet:
     """What the tasks of one split are, so that another attempt can tell whether they still are."""
 
     key: str
-    """Of the configuration: `tasks.train`, `tasks.eval` or `episodes`."""
+    """Of the configuration: `tasks.train`, `tasks.eval`, `sources.NAME.tasks`, `sources.NAME.eval_tasks` or
+    `episodes`."""
     source: str
     """The file, or the environment whose own tasks they are."""
     num_tasks: int
@@ -153,12 +157,18 @@ class TaskSet:
         return (self.size, self.mtime_ns) != stat_of(Path(self.source))
 
 
-def task_sets(config: RunConfig, train: Sequence[Task], held_out: Sequence[Task]) -> list[TaskSet]:
-    """The identity of both splits."""
+def task_sets(source: Source) -> list[TaskSet]:
+    """The identity of both splits of a source."""
+    keys = (f"sources.{source.name}.tasks", f"sources.{source.name}.eval_tasks") if source.name else TASK_KEYS
+    env = source.config.env or ""
     return [
-        _task_set("tasks.train", config.tasks.train, Path(config.env) / "train.jsonl", config.env, train),
-        _task_set("tasks.eval", config.tasks.eval, Path(config.env) / "eval.jsonl", config.env, held_out),
+        _task_set(keys[0], source.config.tasks, Path(env) / "train.jsonl", env, source.train_tasks),
+        _task_set(keys[1], source.config.eval_tasks, Path(env) / "eval.jsonl", env, source.eval_tasks),
     ]
+
+
+TASK_KEYS = ("tasks.train", "tasks.eval")
+"""Of a run without `[sources]`."""
 
 
 def _task_set(key: str, file: str | None, own_file: Path, env: str, tasks: Sequence[Task]) -> TaskSet:

@@ -160,7 +160,7 @@ class Machine:
 
 
 def launches(
-    role: Literal["student", "teacher"],
+    role: str,
     model: str | Path,
     server: ServerConfig,
     *,
