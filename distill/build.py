@@ -105,8 +105,10 @@ class Parts(Core):
     @property
     def endpoints(self) -> list[Endpoint]:
         """Of student and teachers; those that share a transport, once."""
-        every = [self.student_endpoint, *(teacher.endpoint for teacher in self.teachers.values())]
-        return list({id(endpoint.transport): endpoint for endpoint in reversed(every)}.values())[::-1]
+        found: dict[int, Endpoint] = {}
+        for endpoint in (self.student_endpoint, *(teacher.endpoint for teacher in self.teachers.values())):
+            found.setdefault(id(endpoint.transport), endpoint)
+        return list(found.values())
 
     def teacher_of(self, task: Task) -> Teacher:
         """Who scores the episodes of a task."""

@@ -463,7 +463,8 @@ class CostConfig(Section):
     student_gpus: CountOrZero | None = None
     """GPUs behind `student.base_url`. none: not known, and not in the estimate."""
     teacher_gpus: CountOrZero | None = None
-    """GPUs behind `teacher.base_url`. none: not known, and not in the estimate."""
+    """GPUs behind `teacher.base_url`, of several teachers behind all of theirs. none: not known, and not in the
+    estimate."""
 
 
 class EvalConfig(Section):

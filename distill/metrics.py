@@ -85,7 +85,7 @@ def reward_metrics(episodes: Sequence[Episode]) -> Metrics:
         for source in sources:
             of_source = reward_metrics([e for e in episodes if e.task.source == source])
             metrics |= {
-                name.replace("reward/", f"reward/{source}/"): value
+                f"reward/{source}/{name.removeprefix('reward/')}": value
                 for name, value in of_source.items()
                 if name != "reward"
             }
