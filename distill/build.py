@@ -302,9 +302,7 @@ def build_teachers(
     contexts: dict[str, TeacherContext | None] = {}
     extra = dict.fromkeys(config.all_teachers, 0)
     for source in sources.values():
-        contexts[source.name] = context = context_of(
-            config.all_teachers[source.teacher], renderer, source.tool_specs
-        )
+        contexts[source.name] = context = context_of(config.all_teachers[source.teacher], renderer, source.tool_specs)
         if context is not None:
             try:
                 extra[source.teacher] = max(extra[source.teacher], context.extra_tokens(source.train_tasks))

@@ -606,9 +606,7 @@ class RunConfig(Section):
     @property
     def all_sources(self) -> dict[str, SourceConfig]:
         """The sources with `env` and `env_args` filled in; a run without `[sources]` has one, named ""."""
-        own = SourceConfig(
-            env=self.env, env_args=self.env_args, tasks=self.tasks.train, eval_tasks=self.tasks.eval
-        )
+        own = SourceConfig(env=self.env, env_args=self.env_args, tasks=self.tasks.train, eval_tasks=self.tasks.eval)
         if not self.sources:
             return {"": own}
         filled = {}

@@ -200,10 +200,14 @@ def source_problems(config: RunConfig) -> Iterator[Problem]:
     sources, teachers = config.sources, config.teachers
     used = {source.teacher for source in sources.values()}
     if config.episodes is not None and sources:
-        yield Problem(("sources", "episodes"), "are played, but a run on stored episodes plays nothing; drop the tables")
+        yield Problem(
+            ("sources", "episodes"), "are played, but a run on stored episodes plays nothing; drop the tables"
+        )
     for name in teachers:
         if name not in used:
-            yield Problem((f"teachers.{name}",), f'is the teacher of no source: no [sources.NAME] has teacher = "{name}"')
+            yield Problem(
+                (f"teachers.{name}",), f'is the teacher of no source: no [sources.NAME] has teacher = "{name}"'
+            )
     if config.loss.type == "full" and teachers:
         yield Problem(
             ("loss.type", "teachers"), '"full" takes one teacher, [teacher]; with several, take "topk" or "sampled"'
@@ -216,10 +220,13 @@ def source_problems(config: RunConfig) -> Iterator[Problem]:
         if source.teacher is not None and source.teacher not in teachers:
             there = f"there are {', '.join(teachers)}" if teachers else "there are none"
             yield Problem(
-                (f"sources.{name}.teacher",), f"is {source.teacher!r}, but there is no [teachers.{source.teacher}]; {there}"
+                (f"sources.{name}.teacher",),
+                f"is {source.teacher!r}, but there is no [teachers.{source.teacher}]; {there}",
             )
         if OWN_NUMBERS.fullmatch(name):
-            yield Problem((f"sources.{name}",), f"would be the metric teacher_kl/{name}, which is another number already")
+            yield Problem(
+                (f"sources.{name}",), f"would be the metric teacher_kl/{name}, which is another number already"
+            )
     if not any(source.share for source in sources.values()):
         yield Problem((f"sources.{next(iter(sources))}.share", "sources"), "is 0 in all sources: nothing is trained on")
     for key in ("train", "eval"):

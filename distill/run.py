@@ -190,9 +190,7 @@ async def evaluate_and_record(parts: Parts, run: RunDir, console: Console, *, st
         if (name, step) in recorded:  # by an earlier attempt
             continue
         with console.phase(f"evaluating the {name} on held-out tasks", total * settings.group_size) as phase:
-            played = evaluate(
-                parts, run, by_teachers=name == "teacher", name=name, step=step, on_episode=phase.advance
-            )
+            played = evaluate(parts, run, by_teachers=name == "teacher", name=name, step=step, on_episode=phase.advance)
             count, metrics = await parts.while_served(played)
         run.append_metrics({"name": name, "step": step, "episodes": count, "metrics": metrics}, file="evals.jsonl")
         success = metrics.get("reward/success")

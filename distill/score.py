@@ -223,9 +223,7 @@ def _open(arguments: argparse.Namespace, console: Console) -> tuple[CachedTeache
         renderer = load_renderer(tokenizer)
         tools = list(_tools_of(arguments.env))
     context = (
-        None
-        if renderer is None
-        else TeacherContext(renderer=renderer, tool_specs=tools, system_prompt=system_prompt)
+        None if renderer is None else TeacherContext(renderer=renderer, tool_specs=tools, system_prompt=system_prompt)
     )
     key = api_key(arguments.api_key_env)
     dtype, device = _placed()

@@ -212,9 +212,7 @@ async def play(
         return await stages.play(job, TokenActor(parts.renderer, policy, sampling), away_s=endpoint.away_s)
 
     try:
-        return await play_all(
-            jobs, play_one, max_concurrent=max_concurrent, slots=parts.slots, on_episode=on_episode
-        )
+        return await play_all(jobs, play_one, max_concurrent=max_concurrent, slots=parts.slots, on_episode=on_episode)
     finally:
         await stages.aclose()
 

@@ -52,7 +52,9 @@ class TeacherContext:
         for name in self.prompt_fields:
             value = task.metadata.get(name)
             if value is None:
-                raise ContextError(f"task {task.id!r} has no {name!r} in its metadata, which system_prompt wants to say")
+                raise ContextError(
+                    f"task {task.id!r} has no {name!r} in its metadata, which system_prompt wants to say"
+                )
             values[f"{{{name}}}"] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         if not values:
             return self.system_prompt or ""
@@ -111,9 +113,7 @@ class TeacherContext:
         return student, self.renderer.render_prompt(self.renderer.clean(self.messages(task)), tools)
 
 
-def context_of(
-    config: OneTeacherConfig, renderer: Renderer, tool_specs: Sequence[ToolSpec]
-) -> TeacherContext | None:
+def context_of(config: OneTeacherConfig, renderer: Renderer, tool_specs: Sequence[ToolSpec]) -> TeacherContext | None:
     """What a teacher sees before tasks of an environment; None where it sees what the student sees.
 
     Raises:
@@ -157,9 +157,13 @@ def _example(row: Any, where: str) -> tuple[Message, ...]:
     found = dialogue_from_row(row, where)
     roles = [message["role"] for message in found]
     if "system" in roles:
-        raise TaskError(where, "an example has no system message; what all of them need goes into teacher.system_prompt")
+        raise TaskError(
+            where, "an example has no system message; what all of them need goes into teacher.system_prompt"
+        )
     if roles[0] != "user" or roles[-1] != "assistant":
-        raise TaskError(where, f"an example goes from a user's message to the assistant's answer, found {', '.join(roles)}")
+        raise TaskError(
+            where, f"an example goes from a user's message to the assistant's answer, found {', '.join(roles)}"
+        )
     if found[-1].get("tool_calls"):
         raise TaskError(where, "the last message calls a tool; an example ends with an answer")
     return found

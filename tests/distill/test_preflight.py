@@ -275,7 +275,9 @@ async def test_the_teachers_own_words_take_context_too(parts: Parts, tmp_path: P
     examples = tmp_path / "examples.jsonl"
     dialogue = [{"role": "user", "content": "add 1 and 4"}, {"role": "assistant", "content": "the number 5"}]
     examples.write_text(json.dumps({"messages": dialogue}) + "\n")
-    values = having(parts, rollout__max_episode_tokens=900, teacher__system_prompt="add the numbers").config.model_dump()
+    values = having(
+        parts, rollout__max_episode_tokens=900, teacher__system_prompt="add the numbers"
+    ).config.model_dump()
     values["teacher"]["examples"] = str(examples)
     prompted = build(RunConfig.model_validate(values), Console(quiet=True), tmp_path / "prompted")
     teacher = prompted.teachers[""]
@@ -585,7 +587,11 @@ async def test_teachers_with_different_weights_are_an_error(parts: Parts, fake: 
     servers[1].invented = InventedModel(servers[1].invented.vocab_size, decay=0.1)
     probe = await probe_of(parts)
     async with fleet_of("teacher", *(server.base_url for server in servers)) as fleet:
-        only(await check_servers.teacher_scores(parts, with_teacher(parts, fleet).teachers[""], probe), "error", "other weights")
+        only(
+            await check_servers.teacher_scores(parts, with_teacher(parts, fleet).teachers[""], probe),
+            "error",
+            "other weights",
+        )
 
 
 @pytest.mark.parametrize(
@@ -614,7 +620,9 @@ async def test_a_teacher_with_too_little_context_for_a_turn_is_an_error(
     parts: Parts, fake: Callable[..., FakeVllm]
 ) -> None:
     short = with_teacher(parts, HttpTransport(fake("teacher", max_model_len=8).base_url))
-    only(await check_servers.teacher_scores(short, short.teachers[""], await probe_of(parts)), "error", "--max-model-len")
+    only(
+        await check_servers.teacher_scores(short, short.teachers[""], await probe_of(parts)), "error", "--max-model-len"
+    )
     await short.teachers[""].endpoint.aclose()
 
 
@@ -627,7 +635,12 @@ async def test_a_teacher_that_only_samples_is_an_error(
 ) -> None:
     silent = with_teacher(parts, HttpTransport(fake("teacher", scores=False).base_url))
     silent = having(silent, teacher__base_url=[base_url])
-    only(await check_servers.teacher_scores(silent, silent.teachers[""], await probe_of(parts)), "error", words, "off-policy distillation")
+    only(
+        await check_servers.teacher_scores(silent, silent.teachers[""], await probe_of(parts)),
+        "error",
+        words,
+        "off-policy distillation",
+    )
     await silent.teachers[""].endpoint.aclose()
 
 
@@ -664,7 +677,11 @@ async def test_a_server_without_fast_scoring_is_asked_plainly(parts: Parts, fake
     probe = await probe_of(parts)
     only(await check_servers.teacher_scorer(plain, plain.teachers[""], probe), "ok", "plain")
     given = having(plain, loss__type="topk", loss__candidates="student", teacher__top_k=4)
-    only(await check_servers.teacher_scorer(given, given.teachers[""], probe), "error", "needs a teacher that scores given ids")
+    only(
+        await check_servers.teacher_scorer(given, given.teachers[""], probe),
+        "error",
+        "needs a teacher that scores given ids",
+    )
     await plain.teachers[""].endpoint.aclose()
 
 
