@@ -24,6 +24,7 @@ from distill.migrate.draft import (
     texts,
     to,
 )
+from distill.migrate.several import environments
 from distill.migrate.source import Entry
 
 NAME = "prime-rl"
@@ -309,6 +310,14 @@ def _betas(draft: Draft) -> None:
 def _env(draft: Draft, entry: Entry) -> None:
     listed = entry.value if isinstance(entry.value, list) else [entry.value]
     names = [str(item.get("id", "?")) if isinstance(item, dict) else "?" for item in listed]
+    if len(listed) > 1 and all(isinstance(item, dict) for item in listed):
+        environments(draft, entry, listed)
+        draft.refuse(
+            entry,
+            f"verifiers environments ({', '.join(names)}) are not known here; write the tools and tasks of each as a "
+            "folder (python -m envs new NAME, docs/write_an_env.md) and give it as sources.NAME.env",
+        )
+        return
     draft.refuse(
         entry,
         f"a verifiers environment ({', '.join(names)}) is not known here; write its tools and tasks as a folder "
