@@ -38,14 +38,23 @@ def put(draft: Draft, key: str, value: Any, comment: str) -> None:
 # prime-rl
 
 
+def environment_id(item: dict[str, Any]) -> str:
+    """Of an entry of `orchestrator.train.env` (`id`), or of the newer `orchestrator.train.source`
+    (`env.taskset.id`, `env.id`)."""
+    env = item.get("env")
+    taskset = env.get("taskset") if isinstance(env, dict) else None
+    places = (item, taskset, env)
+    return next((str(found["id"]) for found in places if isinstance(found, dict) and "id" in found), "?")
+
+
 def environments(draft: Draft, entry: Entry, listed: Sequence[dict[str, Any]]) -> None:
     """A source for each environment: its share of a batch, and its own teacher where it has one."""
     names: list[str] = []
     shares = all("ratio" in item for item in listed)
-    for number_, item in enumerate(listed):
-        name = table_name(str(item.get("name") or item.get("id") or f"set_{number_}"), names)
+    for place, item in enumerate(listed):
+        name = table_name(str(item.get("name") or environment_id(item)), names)
         names.append(name)
-        key = f"{entry.key}[{number_}]"
+        key = f"{entry.key}[{place}]"
         put(draft, f"sources.{name}", {}, key)
         words = [f"[sources.{name}]"]
         try:
@@ -58,7 +67,7 @@ def environments(draft: Draft, entry: Entry, listed: Sequence[dict[str, Any]]) -
             draft.say(entry.origin, key, "impossible", str(error))
             continue
         draft.say(entry.origin, key, "mapped", ", ".join(words))
-        odd = sorted(set(item) - {"id", "name", "ratio", "algo"})
+        odd = sorted(set(item) - {"id", "name", "ratio", "algo", "env"})
         if odd:
             draft.say(
                 entry.origin, key, "impossible", f"{', '.join(odd)}: give the environment's as sources.{name}.env_args"

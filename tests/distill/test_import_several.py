@@ -88,6 +88,17 @@ def test_an_environment_with_another_algorithm_is_no_source_to_distil(tmp_path: 
     assert "teachers.wiki.model" not in draft.settings
 
 
+def test_the_newer_tables_of_sources_are_read_too(tmp_path: Path) -> None:
+    text = PRIME.replace("orchestrator.train.env", "orchestrator.train.source").replace("id =", "env.taskset.id =")
+    config = written(tmp_path, "rl.toml", text, "--env", "reasoning")
+    assert {name: source.teacher for name, source in config.sources.items()} == {"math_env": "math_env", "wiki": "wiki"}
+    _, draft, _ = read(str(tmp_path / "rl.toml"))
+    assert (
+        "(primeintellect/math-env, primeintellect/wiki-search)"
+        in rows(draft, "impossible")["orchestrator.train.source"]
+    )
+
+
 def test_teachers_of_verl_are_teachers_of_sources(tmp_path: Path) -> None:
     config = written(tmp_path, "run.sh", VERL)
     assert {n: s.teacher for n, s in config.sources.items()} == {"gsm8k": "gsm8k", "geo": "geo"}

@@ -22,7 +22,9 @@ from distill.config import LossConfig, RunConfig, TauScheduleConfig
 from distill.config_load import ConfigError, load_config
 from distill.config_rules import problems_of
 from distill.cost import gpus_of
+from distill.environment import make_env
 from distill.metrics import rollout_metrics
+from distill.plan import plan
 from distill.resume import FREE_KEYS, changes_between, load_resumed
 from distill.sources import of_source
 from distill.student import Student
@@ -31,7 +33,7 @@ from distill.teacher_context import ContextError, TeacherContext, read_examples
 from distill.types import TeacherError
 from envs.jsonl import TaskError
 from envs.types import Task
-from tests.runs.conftest import save_tokenizer
+from tests.runs.conftest import ROOT, save_tokenizer
 
 SOURCES: dict[str, Any] = {"math": {"env": "gsm8k", "teacher": "strong"}, "web": {}}
 TEACHERS: dict[str, Any] = {"strong": {"model": "big"}}
@@ -182,6 +184,18 @@ def test_a_resumed_run_may_move_its_teachers_and_not_change_its_sources(tmp_path
     )
     assert [c.key for c in changes_between(earlier, allowed.config)] == ["sources.math.share"]
     assert "teachers.NAME.server" in FREE_KEYS
+
+
+def test_the_documented_example_is_a_run(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "concepts.md").read_text().partition("```toml\n")[2].partition("```")[0]
+    (tmp_path / "two.toml").write_text(text)
+    found = load_config([tmp_path / "two.toml"]).config
+    assert list(found.places_of_teachers) == [""]
+    assert list(found.all_teachers) == ["", "told"]
+    for name, words in (("short", "33% of the tasks"), ("long", "67% of the tasks")):
+        assert f"source        {name}, {words}: medbrowse: " in plan(found)
+    answers = [task.metadata["answer"] for task in make_env(found, "long", verify=False).default_tasks("train", 9)]
+    assert all(answers)
 
 
 # The order of tasks
