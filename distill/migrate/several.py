@@ -93,7 +93,7 @@ def _teacher_of(draft: Draft, item: dict[str, Any], name: str, key: str) -> str 
     teacher = algo.get("teacher")
     if not isinstance(teacher, dict):
         raise ValueError('algo "opd" without a table `teacher`: name one as sources.NAME.teacher')
-    values = {"model": text(teacher.get("name"))}
+    values: dict[str, Any] = {"model": text(teacher.get("name"))}
     for theirs, ours, value_of in (("base_url", "base_url", texts), ("api_key_var", "api_key_env", text)):
         if theirs in teacher:
             values[ours] = value_of(teacher[theirs])
