@@ -27,13 +27,13 @@ from distill.publish import Publisher
 from distill.ranks import Ranks, join
 from distill.ray_cluster import check_installed, players
 from distill.ray_workers import RayWorkers
-from distill.resume import TaskSet, as_records, task_sets
+from distill.resume import TaskSet, as_records, examples_set, task_sets
 from distill.serving.fleet import Fleet
 from distill.serving.vllm import Machine
 from distill.sources import Source, SourceError, Teacher, load_sources
 from distill.student import Student
 from distill.teacher import HttpTeacher
-from distill.teacher_context import ContextError, TeacherContext, context_of
+from distill.teacher_context import ContextError, TeacherContext, context_of, read_examples
 from envs.types import Task
 
 T = TypeVar("T")
@@ -274,7 +274,14 @@ def build(config: RunConfig, console: Console, folder: Path) -> Parts:
         teachers=teachers,
         publisher=publisher_for(config, student_endpoint, folder, canary),
         canary=canary,
-        task_sets=[found for source in sources.values() for found in task_sets(source)],
+        task_sets=[
+            *(found for source in sources.values() for found in task_sets(source)),
+            *(
+                examples_set(f"{teacher_key(name)}.examples", teacher.examples, read_examples(teacher.examples))
+                for name, teacher in config.all_teachers.items()
+                if teacher.examples is not None
+            ),
+        ],
         workers=RayWorkers(config, student_path, renderer.fingerprint, logs=folder / "logs" / "ray")
         if config.rollout.executor == "ray"
         else None,

@@ -14,7 +14,7 @@ from distill.config import RunConfig
 from distill.config_keys import general
 from distill.config_load import Change, ConfigError, LoadedConfig, leaves, load_config
 from envs.dataset import task_to_row
-from envs.types import Task
+from envs.types import Message, Task
 
 if TYPE_CHECKING:
     from distill.sources import Source
@@ -123,8 +123,8 @@ class TaskSet:
     """What the tasks of one split are, so that another attempt can tell whether they still are."""
 
     key: str
-    """Of the configuration: `tasks.train`, `tasks.eval`, `sources.NAME.tasks`, `sources.NAME.eval_tasks` or
-    `episodes`."""
+    """Of the configuration: `tasks.train`, `tasks.eval`, `sources.NAME.tasks`, `sources.NAME.eval_tasks`, `episodes`,
+    `teacher.examples` ..."""
     source: str
     """The file, or the environment whose own tasks they are."""
     num_tasks: int
@@ -167,6 +167,16 @@ def task_sets(source: Source) -> list[TaskSet]:
     ]
 
 
+def examples_set(key: str, file: str, messages: Sequence[Message]) -> TaskSet:
+    """The identity of what a teacher is shown.
+
+    Args:
+        key: of the configuration: `teacher.examples`, `teachers.NAME.examples`.
+    """
+    hashes = [hashlib.sha256(json.dumps(message, sort_keys=True).encode()).digest() for message in messages]
+    return _set_of(key, str(Path(file).resolve()), hashes, Path(file), noun="messages")
+
+
 TASK_KEYS = ("tasks.train", "tasks.eval")
 """Of a run without `[sources]`."""
 
@@ -174,15 +184,20 @@ TASK_KEYS = ("tasks.train", "tasks.eval")
 def _task_set(key: str, file: str | None, own_file: Path, env: str, tasks: Sequence[Task]) -> TaskSet:
     path = Path(file) if file is not None else own_file if own_file.is_file() else None
     hashes = [hashlib.sha256(json.dumps(task_to_row(task), sort_keys=True).encode()).digest() for task in tasks]
+    return _set_of(key, f"environment {env!r}" if path is None else str(path.resolve()), hashes, path, noun="tasks")
+
+
+def _set_of(key: str, source: str, hashes: Sequence[bytes], path: Path | None, *, noun: str) -> TaskSet:
     size, mtime_ns = (None, None) if path is None else stat_of(path)
     return TaskSet(
         key=key,
-        source=f"environment {env!r}" if path is None else str(path.resolve()),
-        num_tasks=len(tasks),
+        source=source,
+        num_tasks=len(hashes),
         sha256=hashlib.sha256(b"".join(hashes)).hexdigest(),
         sha256_sorted=hashlib.sha256(b"".join(sorted(hashes))).hexdigest(),
         size=size,
         mtime_ns=mtime_ns,
+        noun=noun,
     )
 
 

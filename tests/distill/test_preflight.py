@@ -251,6 +251,35 @@ async def test_a_penalty_by_default_is_an_error_unless_the_server_ignores_it(
         only(await check.generation_config(started), "ok", "the run starts")
 
 
+async def test_of_several_teachers_each_is_checked_and_findings_say_whose_they_are(
+    parts: Parts, models: Path, tmp_path: Path
+) -> None:
+    values = parts.config.model_dump()
+    values["sources"] = {"a": {}, "b": {"teacher": "told"}}
+    values["teachers"] = {"told": values["teacher"] | {"system_prompt": "add the numbers"}}
+    for key in ("top_k", "max_dropped_fraction"):
+        del values["teachers"]["told"][key]
+    two = build(RunConfig.model_validate(values), Console(quiet=True), tmp_path / "two")
+    told, plain = two.teachers["told"], two.teachers[""]
+    assert told.endpoint is plain.endpoint  # the same model: loaded once
+    assert two.endpoints == [two.student_endpoint, plain.endpoint]
+    assert told.extra_tokens > plain.extra_tokens == 0
+    assert two.teacher_of(two.sources["b"].train_tasks[0]) is told
+    stranger = dataclasses.replace(told, endpoint=dataclasses.replace(told.endpoint, path=models / "stranger"))
+    spoiled = dataclasses.replace(two, teachers={"": plain, "told": stranger})
+    findings = await check.check_parts(spoiled, lambda: spoiled.publish(0))
+    of_teachers = [f for f in findings if f.name in ("vocabulary", "teacher_server", "teacher_scores")]
+    assert [(f.name, f.level, f.message.partition(": ")[0]) for f in of_teachers] == [
+        ("vocabulary", "ok", "teacher"),
+        ("vocabulary", "error", "teachers.told"),
+        ("teacher_server", "ok", "teacher"),
+        ("teacher_server", "warning", "teachers.told"),  # what it is told does not fit beside the longest episode
+        ("teacher_scores", "ok", "teacher"),
+        ("teacher_scores", "ok", "teachers.told"),
+    ]
+    await two.aclose()
+
+
 # The servers themselves
 
 

@@ -122,6 +122,13 @@ def test_a_changed_data_set_and_a_task_without_the_answer_end_the_run_with_words
     assert resumed.returncode == 4
     assert "sources.taking.tasks" in resumed.stderr
     assert "has 6 tasks, it had 7" in resumed.stderr
+    write_jsonl(two.path / "taking" / "train.jsonl", rows)
+    told = json.loads((two.path / "examples.jsonl").read_text())["messages"]
+    write_jsonl(two.path / "examples.jsonl", [{"messages": [told[0], {"role": "assistant", "content": "3"}]}])
+    resumed = two.run("--resume", str(two.path / "runs" / "first"), "--steps", "2")
+    assert resumed.returncode == 4
+    assert "teachers.tutor.examples" in resumed.stderr
+    assert "has 2 messages, it had 4" in resumed.stderr
     del rows[3]["metadata"]["answer"]
     write_jsonl(two.path / "taking" / "train.jsonl", rows)
     lacking = two.run("--run_id", "second")
