@@ -315,14 +315,14 @@ def _env(draft: Draft, entry: Entry) -> None:
         environments(draft, entry, listed)
         draft.refuse(
             entry,
-            f"verifiers environments ({', '.join(names)}) are not known here; write the tools and tasks of each as a "
-            "folder (python -m envs new NAME, docs/write_an_env.md) and give it as sources.NAME.env",
+            f"verifiers environments ({', '.join(names)}): give each as sources.NAME.env, as verifiers:ID where its "
+            "package is installed (docs/write_an_env.md), or its tools and tasks as a folder (python -m envs new NAME)",
         )
         return
     draft.refuse(
         entry,
-        f"a verifiers environment ({', '.join(names)}) is not known here; write its tools and tasks as a folder "
-        "(python -m envs new NAME, docs/write_an_env.md) and give it with --env ./NAME",
+        f"a verifiers environment ({', '.join(names)}): give it with --env verifiers:ID where its package is installed "
+        "(docs/write_an_env.md), or write its tools and tasks as a folder (python -m envs new NAME) for --env ./NAME",
     )
 
 
