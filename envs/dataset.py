@@ -144,6 +144,22 @@ def task_from_row(row: Any, where: str) -> Task:
     return replace(task, id=identity)
 
 
+def dialogue_from_row(row: Any, where: str) -> tuple[Message, ...]:
+    """Check an object with `messages` alone, whoever speaks last. Nothing is coerced.
+
+    Raises:
+        TaskError: the first thing that is wrong, with the key.
+    """
+    if not isinstance(row, dict) or set(row) != {"messages"}:
+        found = f"the keys {', '.join(map(repr, row))}" if isinstance(row, dict) else kind_of(row)
+        raise TaskError(where, f'wanted an object {{"messages": [...]}}, found {found[:200]}')
+    _check_values(row, where, "")
+    messages = _expect(row["messages"], list, "messages", where)
+    if not messages:
+        raise TaskError(where, "messages is empty")
+    return tuple(_message(m, f"messages[{i}]", where) for i, m in enumerate(messages))
+
+
 def task_to_row(task: Task) -> dict[str, Any]:
     """The JSON object of a task; what is empty is left out."""
     row: dict[str, Any] = {"messages": list(task.messages)}
