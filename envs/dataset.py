@@ -27,6 +27,7 @@ __all__ = [
     "UniqueIds",
     "content_id",
     "convert",
+    "dialogue_from_row",
     "iter_tasks",
     "message_of",
     "read_tasks",
