@@ -27,6 +27,7 @@ __all__ = [
     "UniqueIds",
     "content_id",
     "convert",
+    "dialogue_from_row",
     "iter_tasks",
     "message_of",
     "read_tasks",
@@ -157,7 +158,7 @@ def dialogue_from_row(row: Any, where: str) -> tuple[Message, ...]:
     messages = _expect(row["messages"], list, "messages", where)
     if not messages:
         raise TaskError(where, "messages is empty")
-    return tuple(_message(m, f"messages[{i}]", where) for i, m in enumerate(messages))
+    return tuple(message_of(m, f"messages[{i}]", where) for i, m in enumerate(messages))
 
 
 def task_to_row(task: Task) -> dict[str, Any]:
