@@ -80,4 +80,11 @@ def reward_metrics(episodes: Sequence[Episode]) -> Metrics:
     if any(e.reward is not None for e in episodes):
         # An episode that failed did not succeed: it counts in the denominator.
         metrics["reward"] = sum(e.reward or 0.0 for e in episodes) / len(episodes)
+    groups: dict[str, list[float]] = {}
+    for e in episodes:
+        if e.reward is not None:
+            groups.setdefault(e.task.id, []).append(e.reward)
+    mixed = [len(set(rewards)) > 1 for rewards in groups.values() if len(rewards) > 1]
+    if mixed:
+        metrics["reward/mixed_groups"] = mean(mixed)
     return metrics

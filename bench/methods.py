@@ -1,0 +1,312 @@
+"""Four ways to train the CPU default's weak student: distillation, reinforcement learning, imitation, and a mix.
+
+    python -m bench.methods --keep runs/methods --plots docs/img         # three seeds; runs that are complete are kept
+    python -m bench.methods --keep runs/methods --plot-only              # table and pictures of what is there
+    python -m bench.methods --keep runs/methods --sweep                  # how the settings below were chosen
+
+    distill   on-policy distillation: reverse KL to the teacher, no reward
+    grpo      0/1 reward alone, advantages within groups of 8 episodes, no teacher
+    sft       supervised fine-tuning on the teacher's episodes
+    mix       the reverse KL and the reward together, groups of 8
+
+All start from `builtin:medbrowse-student@SEED` and take 64 episodes a gradient step. The learning rate is constant after its
+warm-up, so that every beginning of a run is a run of its own. Every method is driven by public commands, each a process of its own
+with one thread; seconds of wall time and of CPU are those of a run's processes, evaluations included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench.methods_report import RECORD, plots, report
+
+CONFIG = "configs/medbrowse_cpu.toml"
+EPISODES = 64
+"""Of a gradient step, whatever the method."""
+NUM_EVAL = 300
+"""Held-out tasks of an evaluation."""
+EVAL_SEED = 1_000_003
+"""What `distill.run` adds to the seed where it evaluates: so that all methods are asked the same."""
+TEACHER_EPISODES = 3000
+"""All training tasks of the configuration, once each."""
+SWEEP_SEED = 3
+"""Is not among the seeds that are reported."""
+START_S = 120.0
+
+Flags = Mapping[str, str | int | float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """How one of the methods is run."""
+
+    steps: int
+    eval_every: int
+    flags: Flags
+    """Of `distill.run` or, for "sft", of `distill.sft`, without their dashes."""
+    sweep: Sequence[Flags] = ()
+    """What was tried on `SWEEP_SEED`, on top of `flags`."""
+    sweep_steps: int = 24
+
+
+GROUPS: Flags = {"rollout.batch_size": 8, "rollout.group_size": 8, "skip_verification": "false"}
+METHODS = {
+    "distill": Method(
+        steps=36,
+        eval_every=3,
+        flags={"rollout.batch_size": EPISODES, "rollout.group_size": 1, "optim.lr": 2e-3},
+        sweep=[{"optim.lr": lr} for lr in (1e-3, 2e-3, 4e-3)],
+    ),
+    "mix": Method(
+        steps=36,
+        eval_every=3,
+        flags={**GROUPS, "loss.adv_tau": 0.3, "optim.lr": 2e-3},
+        sweep=[{"loss.adv_tau": tau, "optim.lr": lr} for tau, lr in ((0.3, 2e-3), (1, 2e-3), (0.3, 4e-3))],
+    ),
+    "sft": Method(
+        steps=94,
+        eval_every=3,
+        flags={"batch-size": EPISODES, "epochs": 2, "optim.lr": 2e-3},
+        sweep=[{"optim.lr": lr} for lr in (1e-3, 2e-3, 4e-3)],
+        sweep_steps=47,
+    ),
+    "grpo": Method(
+        steps=300,
+        eval_every=12,
+        flags={**GROUPS, "loss.type": "sampled", "loss.teacher_tau": 0, "loss.adv_tau": 1, "optim.lr": 1e-3},
+        sweep=[
+            *({"optim.lr": lr} for lr in (5e-4, 1e-3, 2e-3, 4e-3)),
+            {"loss.adv_norm": "std"},
+            {"loss.surrogate": "ppo", "optim.epochs": 2},
+        ],
+        sweep_steps=48,
+    ),
+}
+
+
+@dataclass(slots=True)
+class Work:
+    """The processes of one run, one after the other, and what they took."""
+
+    folder: Path
+    commands: list[str] = field(default_factory=list)
+    began: float = field(default_factory=time.monotonic)
+    cpu: float = field(default_factory=lambda: cpu_of_children())
+    load: float = field(default_factory=lambda: os.getloadavg()[0])
+
+    def run(self, module: str, *arguments: str | int | Path) -> None:
+        """`python -m module arguments`, to its end."""
+        command = ["-m", module, *map(str, arguments)]
+        self.commands.append(shlex.join(["python", *command]))
+        subprocess.run([sys.executable, *command], check=True, env=environment(), stdout=sys.stderr)
+
+    @contextmanager
+    def serving(self, model: Path, name: str) -> Iterator[str]:
+        """The embedded engine on a free port of loopback; gives its address."""
+        port = free_port()
+        command = ["-m", "distill.serving.embedded", "--model", str(model), "--served-model-name", name]
+        command += ["--port", str(port)]
+        self.commands.append(shlex.join(["python", *command]))
+        with (self.folder / "server.log").open("ab") as log:
+            server = subprocess.Popen([sys.executable, *command], env=environment(), stdout=log, stderr=log)
+            try:
+                wait_for(server, port)
+                yield f"http://127.0.0.1:{port}/v1"
+            finally:
+                server.terminate()
+                server.wait()
+
+    def done(self, method: str, seed: int, **more: Any) -> None:
+        """Write the record that makes the run complete."""
+        record = {
+            "method": method,
+            "seed": seed,
+            "commit": commit(),
+            "commands": self.commands,
+            "wall_s": round(time.monotonic() - self.began, 1),
+            "cpu_s": round(cpu_of_children() - self.cpu, 1),
+            "load": [round(self.load, 1), round(os.getloadavg()[0], 1)],
+            **more,
+        }
+        (self.folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+
+
+def cpu_of_children() -> float:
+    """CPU seconds of all processes that this one has started and waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def commit() -> str:
+    """Of the working tree; with a + where files that git tracks have changed since."""
+    asked = ["git", "describe", "--always", "--abbrev=10", "--dirty=+", "--exclude=*"]
+    return subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_for(server: subprocess.Popen[bytes], port: int) -> None:
+    """
+    Raises:
+        RuntimeError: it ended, or does not answer.
+    """
+    until = time.monotonic() + START_S
+    while server.poll() is None and time.monotonic() < until:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.2)
+    raise RuntimeError(f"the engine on port {port} did not start: see server.log")
+
+
+def as_arguments(flags: Flags) -> list[str]:
+    return [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+
+
+def builtin(role: str, seed: int) -> str:
+    return f"builtin:medbrowse-{role}@{seed}"
+
+
+def begin(folder: Path) -> Work:
+    """An empty folder: what an interrupted run left is begun again."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return Work(folder)
+
+
+def on_policy(folder: Path, name: str, method: Method, seed: int, steps: int) -> None:
+    """`distill.run` evaluates by itself."""
+    flags = {
+        "output_dir": folder.parent, "run_id": folder.name, "seed": seed, "steps": steps,
+        "student.model": builtin("student", seed), "teacher.model": builtin("teacher", seed),
+        "optim.schedule": "constant", "eval.every": method.eval_every, "eval.num_tasks": NUM_EVAL,
+        "checkpoint.every": steps, **method.flags,
+    }  # fmt: skip
+    work = begin(folder)
+    work.run("distill.run", "--config", CONFIG, *as_arguments(flags))
+    work.done(name, seed, flags=method.flags)
+
+
+def teacher_episodes(folder: Path, seed: int) -> None:
+    """Training tasks as the teacher plays them, token for token."""
+    work = begin(folder)
+    play(work, resolved(builtin("teacher", seed)), folder, "train", TEACHER_EPISODES, seed)
+    work.done("teacher", seed)
+
+
+def play(work: Work, model: Path, out: Path, split: str, num_tasks: int, seed: int) -> None:
+    """A served model plays as `distill.run` has it played by the configuration."""
+    with work.serving(model, "served") as url:
+        work.run(
+            "agent_loop.rollout", "--env", "medbrowse", "--model", "served", "--base-url", url, "--tokenizer", model,
+            "--split", split, "--num-tasks", num_tasks, "--seed", seed, "--max-turns", 10, "--max-turn-tokens", 64,
+            "--max-concurrent", 64, "--out", out,
+        )  # fmt: skip
+
+
+def supervised(folder: Path, method: Method, seed: int, teacher: Path, steps: int) -> None:
+    """Training, then an evaluation of each checkpoint up to `steps`."""
+    work = begin(folder)
+    every = method.eval_every
+    flags = {
+        "student": builtin("student", seed), "student.dtype": "float32", "seed": seed, "optim.betas": "0.9,0.95",
+        "optim.warmup_steps": 3, "checkpoint.every": every, "checkpoint.keep_every": every, **method.flags,
+    }  # fmt: skip
+    work.run("distill.sft", "--episodes", teacher, "--out", folder, *as_arguments(flags))
+    chosen = [(0, resolved(builtin("student", seed)))]
+    chosen += [(step, folder / f"checkpoints/step_{step:06d}/model") for step in range(every, steps + 1, every)]
+    for step, model in chosen:
+        play(work, model, folder / f"eval/step_{step:06d}", "eval", NUM_EVAL, seed + EVAL_SEED)
+    work.done("sft", seed, flags=method.flags)
+
+
+def resolved(name: str) -> Path:
+    """The folder of a built-in model."""
+    from distill import models
+
+    return Path(models.resolve(name, progress=lambda line: print(line, file=sys.stderr)))
+
+
+def measure(keep: Path, name: str, seed: int, method: Method, folder: Path, steps: int) -> None:
+    """One run, unless it is there."""
+    if (folder / RECORD).is_file():
+        print(f"{folder.name}: complete, kept", file=sys.stderr)
+        return
+    print(f"{folder.name}: {json.dumps(dict(method.flags))}", file=sys.stderr)
+    for role in ("teacher", "student"):
+        resolved(builtin(role, seed))  # made before the clock starts
+    if name != "sft":
+        on_policy(folder, name, method, seed, steps)
+        return
+    teacher = keep / f"teacher-seed{seed}"
+    if not (teacher / RECORD).is_file():
+        teacher_episodes(teacher, seed)
+    supervised(folder, method, seed, teacher, steps)
+
+
+def varied(method: Method, flags: Flags) -> Method:
+    return Method(
+        steps=method.sweep_steps, eval_every=method.sweep_steps // 4, flags={**method.flags, **flags}
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.methods", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--keep", type=Path, default=Path("runs/methods"), help="folder of the runs (default: runs/methods)")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--only", nargs="+", choices=list(METHODS), default=list(METHODS), help="these methods")
+    add("--sweep", action="store_true", help=f"try settings on seed {SWEEP_SEED}, and report them")
+    add("--plot-only", action="store_true", help="run nothing: table and pictures of the runs that are complete")
+    add("--plots", type=Path, metavar="FOLDER", help="folder of the pictures (default: that of --keep)")
+    arguments = parser.parse_args()
+    keep: Path = arguments.keep.resolve()
+    runs: list[tuple[str, int, Method, Path, int]] = []
+    if arguments.sweep:
+        for name in arguments.only:
+            for flags in METHODS[name].sweep:
+                method = varied(METHODS[name], flags)
+                label = "-".join(f"{key.split('.')[-1]}{value}" for key, value in flags.items())
+                runs.append((name, SWEEP_SEED, method, keep / "sweep" / f"{name}-{label}", method.steps))
+    else:
+        for seed in arguments.seeds:
+            for name in arguments.only:
+                runs.append((name, seed, METHODS[name], keep / f"{name}-seed{seed}", METHODS[name].steps))
+    for name, seed, method, folder, steps in runs:
+        if not arguments.plot_only:
+            measure(keep, name, seed, method, folder, steps)
+    complete = [folder for _, _, _, folder, _ in runs if (folder / RECORD).is_file()]
+    report(complete)
+    if not arguments.sweep:
+        plots(complete, arguments.plots or keep)
+
+
+if __name__ == "__main__":
+    main()

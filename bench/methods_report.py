@@ -1,0 +1,220 @@
+"""What the runs of `bench.methods` reached: curves, where they come near the teacher, the table and the pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from distill.rundir import evaluations, read_jsonl
+
+RECORD = "bench.json"
+"""In a run's folder; there only when the run is complete."""
+NEAR = 0.05
+"""So far below the teacher is near it."""
+EQUAL_STEPS = 36
+"""The CPU default's."""
+LABELS = {
+    "distill": "on-policy distillation",
+    "mix": "mix of both",
+    "sft": "SFT on teacher episodes",
+    "grpo": "GRPO, 0/1 reward",
+}
+COLOURS = {"distill": "#1f4e8c", "mix": "#2e8b57", "sft": "#8a6fb0", "grpo": "#c8641e"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """One evaluation, and what training had taken until then."""
+
+    steps: float
+    """Gradient steps: updates of the weights."""
+    trained: float
+    """Trained tokens: those whose gradient an update used, once an update."""
+    handled: float
+    """Tokens sampled for training, by whomever, and tokens sent to the teacher for scores that the loss reads."""
+    success: float
+    """Share of the held-out tasks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A complete run."""
+
+    name: str
+    """Of its folder."""
+    record: dict[str, Any]
+    """`bench.json`."""
+    curve: Sequence[Point]
+    """From the untrained student on."""
+    teacher: float | None
+    """The teacher's success; None where this run did not measure it."""
+    mixed_groups: float | None
+    """Mean over steps of the share of groups whose rewards differ; None without groups."""
+
+    @property
+    def method(self) -> str:
+        return str(self.record["method"])
+
+    @property
+    def seed(self) -> int:
+        return int(self.record["seed"])
+
+
+def crossing(curve: Sequence[Point], bar: float) -> Point | None:
+    """The first evaluation at or above the bar whose next one, if there is one, is so too: one lucky evaluation is no
+    crossing. None: there is none."""
+    for point, after in zip(curve, [*curve[1:], curve[-1]], strict=True):
+        if min(point.success, after.success) >= bar:
+            return point
+    return None
+
+
+def success_at(curve: Sequence[Point], amount: float, of: Callable[[Point], float]) -> float | None:
+    """Success where `of` has reached `amount`, on the line between two evaluations. None: the run is shorter."""
+    for before, after in zip(curve, curve[1:], strict=False):
+        if of(before) <= amount <= of(after):
+            share = (amount - of(before)) / (of(after) - of(before))
+            return before.success + share * (after.success - before.success)
+    return None
+
+
+def read_run(folder: Path) -> Run:
+    """A complete run as its files tell it."""
+    record = json.loads((folder / RECORD).read_text())
+    lines = read_jsonl(folder / "metrics.jsonl")
+    supervised = record["method"] == "sft"
+    epochs = int(record["flags"].get("optim.epochs", 1))
+    trained = [0, *accumulate(line["train/tokens"] * epochs for line in lines)]
+    if supervised:
+        # What the teacher sampled is what is trained on, each token anew in every pass.
+        once = sum(line["train/tokens"] for line in lines if line["epoch"] == 1)
+        handled = [min(tokens, once) for tokens in trained]
+        success = {int(file.parent.name.split("_")[1]): pass_at_1(file) for file in folder.glob("eval/*/summary.json")}
+        teacher = None
+    else:
+        scored = float(record["flags"].get("loss.teacher_tau", 1)) > 0
+        handled = [
+            0,
+            *accumulate(line["rollout/sampled_tokens"] + (line["teacher/tokens"] if scored else 0) for line in lines),
+        ]
+        found = {(e["name"], e["step"]): e["metrics"]["reward/success"] for e in evaluations(folder)}
+        success = {step: value for (name, step), value in found.items() if name == "student"}
+        teacher = found.get(("teacher", 0))
+    curve = [
+        Point(steps=step * epochs, trained=trained[step], handled=handled[step], success=success[step])
+        for step in sorted(success)
+    ]
+    mixed = [line["reward/mixed_groups"] for line in lines if line.get("reward/mixed_groups") is not None]
+    return Run(
+        name=folder.name,
+        record=record,
+        curve=curve,
+        teacher=teacher,
+        mixed_groups=fmean(mixed) if mixed else None,
+    )
+
+
+def pass_at_1(summary: Path) -> float:
+    return float(json.loads(summary.read_text())["pass_at"]["pass@1"])
+
+
+def rows_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """One a run. The bar is that of the seed's teacher, and equal tokens are those that distillation of the same seed
+    had trained on after `EQUAL_STEPS`."""
+    teachers = {run.seed: run.teacher for run in runs if run.teacher is not None}
+    equal = {
+        run.seed: next((p.trained for p in run.curve if p.steps == EQUAL_STEPS), None)
+        for run in runs
+        if run.method == "distill"
+    }
+    rows = []
+    for run in runs:
+        teacher, tokens = teachers.get(run.seed), equal.get(run.seed)
+        near = None if teacher is None else crossing(run.curve, teacher - NEAR)
+        last = run.curve[-1]
+        rows.append(
+            {
+                "run": run.name,
+                "method": run.method,
+                "seed": run.seed,
+                "teacher": teacher,
+                "start": run.curve[0].success,
+                "near_steps": near and near.steps,
+                "near_trained": near and near.trained,
+                "near_handled": near and near.handled,
+                "at_equal_steps": success_at(run.curve, EQUAL_STEPS, lambda p: p.steps),
+                "at_equal_tokens": tokens and success_at(run.curve, tokens, lambda p: p.trained),
+                "best": max(point.success for point in run.curve),
+                "final": last.success,
+                "final_steps": last.steps,
+                "final_trained": last.trained,
+                "mixed_groups": run.mixed_groups,
+                "wall_min": run.record["wall_s"] / 60,
+                "cpu_min": run.record["cpu_s"] / 60,
+                "load": run.record["load"],
+                "commit": run.record["commit"],
+            }
+        )
+    return rows
+
+
+def report(folders: Sequence[Path]) -> None:
+    """Print the table, and all as JSON in the last line."""
+    rows = rows_of([read_run(folder) for folder in folders])
+    if not rows:
+        print("no complete run")
+        return
+    shown = [{name: text_of(name, value) for name, value in row.items()} for row in rows]
+    widths = {name: max(len(name), *(len(row[name]) for row in shown)) for name in shown[0]}
+    for row in ({name: name for name in widths}, *shown):
+        print("  ".join(f"{row[name]:>{width}}" for name, width in widths.items()))
+    print(json.dumps({"bench": "methods", "rows": rows}))
+
+
+def text_of(name: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float) and name.endswith("_min"):
+        return f"{value:.1f}"
+    return f"{value:.3f}" if isinstance(value, float) and value <= 1 else str(value)
+
+
+def plots(folders: Sequence[Path], out: Path) -> None:
+    """`results_steps.png` and `results_tokens.png`: thin lines are seeds, thick ones their mean."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    runs = [read_run(folder) for folder in folders]
+    bars = [run.teacher - NEAR for run in runs if run.teacher is not None]
+    views: list[tuple[str, str, Callable[[Point], float]]] = [
+        ("results_steps.png", "gradient steps of 64 episodes", lambda p: p.steps),
+        ("results_tokens.png", "trained tokens", lambda p: p.trained),
+    ]
+    out.mkdir(parents=True, exist_ok=True)
+    for file, label, of in views:
+        figure, axes = pyplot.subplots(figsize=(7, 4.2), dpi=130)
+        for method in (name for name in LABELS if any(run.method == name for run in runs)):
+            curves = [run.curve for run in runs if run.method == method]
+            for curve in curves:
+                axes.plot([of(p) for p in curve], [p.success for p in curve], color=COLOURS[method], lw=0.7, alpha=0.5)
+            same = [[curve[i] for curve in curves] for i in range(min(map(len, curves)))]
+            xs, ys = [fmean(map(of, points)) for points in same], [fmean(p.success for p in points) for points in same]
+            axes.plot(xs, ys, color=COLOURS[method], lw=2.2, label=LABELS[method])
+        for bar in bars[:1]:
+            axes.axhline(fmean(bars), color="#888888", lw=1, ls="--", label=f"teacher less {NEAR:.0%}")
+        axes.set_xscale("symlog", linthresh=min(of(run.curve[1]) for run in runs))
+        axes.set_xlim(0, max(of(run.curve[-1]) for run in runs))
+        axes.set_ylim(0, 1.02)
+        axes.set_xlabel(f"{label} (linear up to the first evaluation, then logarithmic)")
+        axes.set_ylabel("success on held-out tasks")
+        axes.legend(frameon=False, loc="lower right")
+        figure.tight_layout()
+        figure.savefig(out / file)
+        pyplot.close(figure)
