@@ -1,17 +1,18 @@
-"""Four ways to train the CPU default's weak student: distillation, reinforcement learning, imitation, and a mix.
+"""Ways to train the CPU default's weak student: distillation, reinforcement learning, imitation, and a mix.
 
     python -m bench.methods --keep runs/methods --plots docs/img         # three seeds; runs that are complete are kept
     python -m bench.methods --keep runs/methods --plot-only              # table and pictures of what is there
     python -m bench.methods --keep runs/methods --sweep                  # how the settings below were chosen
 
     distill   on-policy distillation: reverse KL to the teacher, no reward
+    distill8  the same in groups of 8 episodes, as those below have them
     grpo      0/1 reward alone, advantages within groups of 8 episodes, no teacher
     sft       supervised fine-tuning on the teacher's episodes
     mix       the reverse KL and the reward together, groups of 8
 
-All start from `builtin:medbrowse-student@SEED` and take 64 episodes a gradient step. The learning rate is constant after its
-warm-up, so that every beginning of a run is a run of its own. Every method is driven by public commands, each a process of its own
-with one thread; seconds of wall time and of CPU are those of a run's processes, evaluations included.
+All start from `builtin:medbrowse-student@SEED` and take 64 episodes a gradient step. The learning rate is constant
+after its warm-up, so that every beginning of a run is a run of its own. The methods are driven by public commands, each
+a process with one thread; seconds of wall time and of CPU are those of a run's processes, evaluations included.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,40 +63,48 @@ class Method:
     """Of `distill.run` or, for "sft", of `distill.sft`, without their dashes."""
     sweep: Sequence[Flags] = ()
     """What was tried on `SWEEP_SEED`, on top of `flags`."""
-    sweep_steps: int = 24
+    sweep_steps: int = 12
 
 
 GROUPS: Flags = {"rollout.batch_size": 8, "rollout.group_size": 8, "skip_verification": "false"}
 METHODS = {
     "distill": Method(
-        steps=36,
-        eval_every=3,
+        steps=24,
+        eval_every=2,
         flags={"rollout.batch_size": EPISODES, "rollout.group_size": 1, "optim.lr": 2e-3},
         sweep=[{"optim.lr": lr} for lr in (1e-3, 2e-3, 4e-3)],
     ),
+    "distill8": Method(
+        steps=24,
+        eval_every=2,
+        flags={"rollout.batch_size": 8, "rollout.group_size": 8, "optim.lr": 2e-3},
+    ),
     "mix": Method(
-        steps=36,
-        eval_every=3,
+        steps=24,
+        eval_every=2,
         flags={**GROUPS, "loss.adv_tau": 0.3, "optim.lr": 2e-3},
-        sweep=[{"loss.adv_tau": tau, "optim.lr": lr} for tau, lr in ((0.3, 2e-3), (1, 2e-3), (0.3, 4e-3))],
+        sweep=[
+            {"loss.adv_tau": tau, "optim.lr": lr}
+            for tau, lr in ((0.3, 1e-3), (1, 1e-3), (0.3, 2e-3), (1, 2e-3), (0.3, 4e-3))
+        ],
     ),
     "sft": Method(
-        steps=94,
-        eval_every=3,
-        flags={"batch-size": EPISODES, "epochs": 2, "optim.lr": 2e-3},
+        steps=46,
+        eval_every=2,
+        flags={"batch-size": EPISODES, "epochs": 1, "optim.lr": 2e-3},
         sweep=[{"optim.lr": lr} for lr in (1e-3, 2e-3, 4e-3)],
-        sweep_steps=47,
+        sweep_steps=24,
     ),
     "grpo": Method(
-        steps=300,
-        eval_every=12,
+        steps=96,
+        eval_every=4,
         flags={**GROUPS, "loss.type": "sampled", "loss.teacher_tau": 0, "loss.adv_tau": 1, "optim.lr": 1e-3},
         sweep=[
             *({"optim.lr": lr} for lr in (5e-4, 1e-3, 2e-3, 4e-3)),
             {"loss.adv_norm": "std"},
             {"loss.surrogate": "ppo", "optim.epochs": 2},
         ],
-        sweep_steps=48,
+        sweep_steps=24,
     ),
 }
 
@@ -270,8 +279,9 @@ def measure(keep: Path, name: str, seed: int, method: Method, folder: Path, step
 
 
 def varied(method: Method, flags: Flags) -> Method:
-    return Method(
-        steps=method.sweep_steps, eval_every=method.sweep_steps // 4, flags={**method.flags, **flags}
+    """Short, and evaluated in the middle and at the end alone."""
+    return replace(
+        method, steps=method.sweep_steps, eval_every=method.sweep_steps // 2, flags={**method.flags, **flags}
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,15 +16,15 @@ RECORD = "bench.json"
 """In a run's folder; there only when the run is complete."""
 NEAR = 0.05
 """So far below the teacher is near it."""
-EQUAL_STEPS = 36
-"""The CPU default's."""
+EQUAL_STEPS = 24
 LABELS = {
     "distill": "on-policy distillation",
-    "mix": "mix of both",
+    "distill8": "the same, groups of 8",
+    "mix": "mix of both, groups of 8",
     "sft": "SFT on teacher episodes",
-    "grpo": "GRPO, 0/1 reward",
+    "grpo": "GRPO, 0/1 reward, groups of 8",
 }
-COLOURS = {"distill": "#1f4e8c", "mix": "#2e8b57", "sft": "#8a6fb0", "grpo": "#c8641e"}
+COLOURS = {"distill": "#1f4e8c", "distill8": "#7fa8d9", "mix": "#2e8b57", "sft": "#8a6fb0", "grpo": "#c8641e"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +76,7 @@ def crossing(curve: Sequence[Point], bar: float) -> Point | None:
 
 def success_at(curve: Sequence[Point], amount: float, of: Callable[[Point], float]) -> float | None:
     """Success where `of` has reached `amount`, on the line between two evaluations. None: the run is shorter."""
-    for before, after in zip(curve, curve[1:], strict=False):
+    for before, after in pairwise(curve):
         if of(before) <= amount <= of(after):
             share = (amount - of(before)) / (of(after) - of(before))
             return before.success + share * (after.success - before.success)
@@ -207,7 +207,7 @@ def plots(folders: Sequence[Path], out: Path) -> None:
             same = [[curve[i] for curve in curves] for i in range(min(map(len, curves)))]
             xs, ys = [fmean(map(of, points)) for points in same], [fmean(p.success for p in points) for points in same]
             axes.plot(xs, ys, color=COLOURS[method], lw=2.2, label=LABELS[method])
-        for bar in bars[:1]:
+        if bars:
             axes.axhline(fmean(bars), color="#888888", lw=1, ls="--", label=f"teacher less {NEAR:.0%}")
         axes.set_xscale("symlog", linthresh=min(of(run.curve[1]) for run in runs))
         axes.set_xlim(0, max(of(run.curve[-1]) for run in runs))
