@@ -118,6 +118,7 @@ class Work:
     began: float = field(default_factory=time.monotonic)
     cpu: float = field(default_factory=lambda: cpu_of_children())
     load: float = field(default_factory=lambda: os.getloadavg()[0])
+    commit: str = field(default_factory=lambda: commit())
 
     def run(self, module: str, *arguments: str | int | Path) -> None:
         """`python -m module arguments`, to its end."""
@@ -146,7 +147,7 @@ class Work:
         record = {
             "method": method,
             "seed": seed,
-            "commit": commit(),
+            "commit": self.commit,
             "commands": self.commands,
             "wall_s": round(time.monotonic() - self.began, 1),
             "cpu_s": round(cpu_of_children() - self.cpu, 1),
