@@ -44,8 +44,8 @@ NUM_EVAL = 300
 """Held-out tasks of an evaluation."""
 EVAL_SEED = 1_000_003
 """What `distill.run` adds to the seed where it evaluates: so that all methods are asked the same."""
-TEACHER_EPISODES = 3000
-"""All training tasks of the configuration, once each."""
+TEACHER_EPISODES = 24 * EPISODES
+"""For supervised training: one pass over them takes as many steps as distillation."""
 SWEEP_SEED = 3
 """Is not among the seeds that are reported."""
 START_S = 120.0
@@ -89,9 +89,9 @@ METHODS = {
         ],
     ),
     "sft": Method(
-        steps=46,
+        steps=24,
         eval_every=2,
-        flags={"batch-size": EPISODES, "epochs": 1, "optim.lr": 2e-3},
+        flags={"batch-size": EPISODES, "epochs": 1, "optim.lr": 1e-3},
         sweep=[{"optim.lr": lr} for lr in (1e-3, 2e-3, 4e-3)],
         sweep_steps=24,
     ),
