@@ -92,7 +92,7 @@ METHODS = {
         steps=24,
         eval_every=2,
         flags={"batch-size": EPISODES, "epochs": 1, "optim.lr": 1e-3},
-        sweep=[{"optim.lr": lr} for lr in (1e-3, 2e-3, 4e-3)],
+        sweep=[{"optim.lr": lr} for lr in (5e-4, 1e-3, 2e-3, 4e-3)],
         sweep_steps=24,
     ),
     "grpo": Method(
