@@ -54,7 +54,9 @@ class Run:
     teacher: float | None
     """The teacher's success; None where this run did not measure it."""
     mixed_groups: float | None
-    """Mean over steps of the share of groups whose rewards differ; None without groups."""
+    """Mean over steps of the share of groups whose rewards differ; None without rewards or groups."""
+    last_kl: float | None
+    """Mean `teacher_kl` of the last five steps, in nats a token; None where nothing was scored."""
 
     @property
     def method(self) -> str:
@@ -116,6 +118,7 @@ def read_run(folder: Path) -> Run:
         curve=curve,
         teacher=teacher,
         mixed_groups=fmean(mixed) if mixed else None,
+        last_kl=None if supervised else fmean(line["teacher_kl"] for line in lines[-5:]),
     )
 
 
@@ -154,6 +157,7 @@ def rows_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 "final_steps": last.steps,
                 "final_trained": last.trained,
                 "mixed_groups": run.mixed_groups,
+                "last_kl": run.last_kl,
                 "wall_min": run.record["wall_s"] / 60,
                 "cpu_min": run.record["cpu_s"] / 60,
                 "load": run.record["load"],
@@ -163,25 +167,50 @@ def rows_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return rows
 
 
+MEANS = (
+    "teacher", "start", "near_steps", "near_trained", "near_handled", "at_equal_steps", "at_equal_tokens", "final",
+    "final_steps", "final_trained", "mixed_groups", "last_kl", "wall_min", "cpu_min",
+)  # fmt: skip
+"""Columns whose mean over seeds says something."""
+
+
+def means_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One a method, over its seeds; None where a seed has no number."""
+    means = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        own = [row for row in rows if row["method"] == method]
+        means.append(
+            {"method": method, "seeds": len(own)}
+            | {
+                name: None if any(row[name] is None for row in own) else fmean(row[name] for row in own)
+                for name in MEANS
+            }
+        )
+    return means
+
+
 def report(folders: Sequence[Path]) -> None:
-    """Print the table, and all as JSON in the last line."""
+    """Print a table of the runs and one of the methods, and all as JSON in the last line."""
     rows = rows_of([read_run(folder) for folder in folders])
     if not rows:
         print("no complete run")
         return
-    shown = [{name: text_of(name, value) for name, value in row.items()} for row in rows]
-    widths = {name: max(len(name), *(len(row[name]) for row in shown)) for name in shown[0]}
-    for row in ({name: name for name in widths}, *shown):
-        print("  ".join(f"{row[name]:>{width}}" for name, width in widths.items()))
-    print(json.dumps({"bench": "methods", "rows": rows}))
+    means = means_of(rows)
+    for table in (rows, means):
+        shown = [{name: text_of(value) for name, value in row.items()} for row in table]
+        widths = {name: max(len(name), *(len(row[name]) for row in shown)) for name in shown[0]}
+        for row in ({name: name for name in widths}, *shown):
+            print("  ".join(f"{row[name]:>{width}}" for name, width in widths.items()))
+        print()
+    print(json.dumps({"bench": "methods", "rows": rows, "means": means}))
 
 
-def text_of(name: str, value: Any) -> str:
+def text_of(value: Any) -> str:
     if value is None:
         return "-"
-    if isinstance(value, float) and name.endswith("_min"):
-        return f"{value:.1f}"
-    return f"{value:.3f}" if isinstance(value, float) and value <= 1 else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.3f}" if abs(value) < 2 else f"{value:.1f}"
 
 
 def plots(folders: Sequence[Path], out: Path) -> None:
