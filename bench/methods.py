@@ -198,8 +198,28 @@ def as_arguments(flags: Flags) -> list[str]:
     return [text for name, value in flags.items() for text in (f"--{name}", str(value))]
 
 
-def builtin(role: str, seed: int) -> str:
-    return f"builtin:medbrowse-{role}@{seed}"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One run to make."""
+
+    name: str
+    """Of its method."""
+    method: Method
+    seed: int
+    keep: Path
+    """Folder of all runs."""
+    folder: Path
+    """Of this one."""
+    recipe: str
+    """Of the built-in student."""
+
+    @property
+    def student(self) -> str:
+        return f"builtin:{self.recipe}@{self.seed}"
+
+    @property
+    def teacher(self) -> str:
+        return f"builtin:medbrowse-teacher@{self.seed}"
 
 
 def begin(folder: Path) -> Work:
@@ -209,24 +229,24 @@ def begin(folder: Path) -> Work:
     return Work(folder)
 
 
-def on_policy(folder: Path, name: str, method: Method, seed: int, steps: int) -> None:
+def on_policy(job: Job) -> None:
     """`distill.run` evaluates by itself."""
     flags = {
-        "output_dir": folder.parent, "run_id": folder.name, "seed": seed, "steps": steps,
-        "student.model": builtin("student", seed), "teacher.model": builtin("teacher", seed),
-        "optim.schedule": "constant", "eval.every": method.eval_every, "eval.num_tasks": NUM_EVAL,
-        "checkpoint.every": steps, **method.flags,
+        "output_dir": job.folder.parent, "run_id": job.folder.name, "seed": job.seed, "steps": job.method.steps,
+        "student.model": job.student, "teacher.model": job.teacher, "optim.schedule": "constant",
+        "eval.every": job.method.eval_every, "eval.num_tasks": NUM_EVAL, "checkpoint.every": job.method.steps,
+        **job.method.flags,
     }  # fmt: skip
-    work = begin(folder)
+    work = begin(job.folder)
     work.run("distill.run", "--config", CONFIG, *as_arguments(flags))
-    work.done(name, seed, flags=method.flags)
+    work.done(job.name, job.seed, flags=job.method.flags)
 
 
-def teacher_episodes(folder: Path, seed: int) -> None:
+def teacher_episodes(folder: Path, job: Job) -> None:
     """Training tasks as the teacher plays them, token for token."""
     work = begin(folder)
-    play(work, resolved(builtin("teacher", seed)), folder, "train", TEACHER_EPISODES, seed)
-    work.done("teacher", seed)
+    play(work, resolved(job.teacher), folder, "train", TEACHER_EPISODES, job.seed)
+    work.done("teacher", job.seed)
 
 
 def play(work: Work, model: Path, out: Path, split: str, num_tasks: int, seed: int) -> None:
@@ -239,20 +259,24 @@ def play(work: Work, model: Path, out: Path, split: str, num_tasks: int, seed: i
         )  # fmt: skip
 
 
-def supervised(folder: Path, method: Method, seed: int, teacher: Path, steps: int) -> None:
-    """Training, then an evaluation of each checkpoint up to `steps`."""
-    work = begin(folder)
-    every = method.eval_every
+def supervised(job: Job) -> None:
+    """The teacher's episodes, unless they are there; training on them; an evaluation of each checkpoint."""
+    teacher = job.keep / f"teacher-seed{job.seed}"
+    if not (teacher / RECORD).is_file():
+        teacher_episodes(teacher, job)
+    work = begin(job.folder)
+    every = job.method.eval_every
     flags = {
-        "student": builtin("student", seed), "student.dtype": "float32", "seed": seed, "optim.betas": "0.9,0.95",
-        "optim.warmup_steps": 3, "checkpoint.every": every, "checkpoint.keep_every": every, **method.flags,
+        "student": job.student, "student.dtype": "float32", "seed": job.seed, "optim.betas": "0.9,0.95",
+        "optim.warmup_steps": 3, "checkpoint.every": every, "checkpoint.keep_every": every, **job.method.flags,
     }  # fmt: skip
-    work.run("distill.sft", "--episodes", teacher, "--out", folder, *as_arguments(flags))
-    chosen = [(0, resolved(builtin("student", seed)))]
-    chosen += [(step, folder / f"checkpoints/step_{step:06d}/model") for step in range(every, steps + 1, every)]
+    work.run("distill.sft", "--episodes", teacher, "--out", job.folder, *as_arguments(flags))
+    chosen = [(0, resolved(job.student))]
+    for step in range(every, job.method.steps + 1, every):
+        chosen.append((step, job.folder / f"checkpoints/step_{step:06d}/model"))
     for step, model in chosen:
-        play(work, model, folder / f"eval/step_{step:06d}", "eval", NUM_EVAL, seed + EVAL_SEED)
-    work.done("sft", seed, flags=method.flags)
+        play(work, model, job.folder / f"eval/step_{step:06d}", "eval", NUM_EVAL, job.seed + EVAL_SEED)
+    work.done(job.name, job.seed, flags=job.method.flags)
 
 
 def resolved(name: str) -> Path:
@@ -262,21 +286,18 @@ def resolved(name: str) -> Path:
     return Path(models.resolve(name, progress=lambda line: print(line, file=sys.stderr)))
 
 
-def measure(keep: Path, name: str, seed: int, method: Method, folder: Path, steps: int) -> None:
+def measure(job: Job) -> None:
     """One run, unless it is there."""
-    if (folder / RECORD).is_file():
-        print(f"{folder.name}: complete, kept", file=sys.stderr)
+    if (job.folder / RECORD).is_file():
+        print(f"{job.folder.name}: complete, kept", file=sys.stderr)
         return
-    print(f"{folder.name}: {json.dumps(dict(method.flags))}", file=sys.stderr)
-    for role in ("teacher", "student"):
-        resolved(builtin(role, seed))  # made before the clock starts
-    if name != "sft":
-        on_policy(folder, name, method, seed, steps)
-        return
-    teacher = keep / f"teacher-seed{seed}"
-    if not (teacher / RECORD).is_file():
-        teacher_episodes(teacher, seed)
-    supervised(folder, method, seed, teacher, steps)
+    print(f"{job.folder.name}: {json.dumps(dict(job.method.flags))}", file=sys.stderr)
+    for model in (job.teacher, job.student):
+        resolved(model)  # made before the clock starts
+    if job.name == "sft":
+        supervised(job)
+    else:
+        on_policy(job)
 
 
 def varied(method: Method, flags: Flags) -> Method:
@@ -284,6 +305,10 @@ def varied(method: Method, flags: Flags) -> Method:
     return replace(
         method, steps=method.sweep_steps, eval_every=method.sweep_steps // 2, flags={**method.flags, **flags}
     )
+
+
+def named(flags: Flags) -> str:
+    return "-".join(f"{key.split('.')[-1]}{value}" for key, value in flags.items())
 
 
 def main() -> None:
@@ -294,28 +319,27 @@ def main() -> None:
     add("--keep", type=Path, default=Path("runs/methods"), help="folder of the runs (default: runs/methods)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--only", nargs="+", choices=list(METHODS), default=list(METHODS), help="these methods")
+    add("--student", default="medbrowse-student", metavar="NAME", help="built-in student (default: medbrowse-student)")
     add("--sweep", action="store_true", help=f"try settings on seed {SWEEP_SEED}, and report them")
     add("--plot-only", action="store_true", help="run nothing: table and pictures of the runs that are complete")
     add("--plots", type=Path, metavar="FOLDER", help="folder of the pictures (default: that of --keep)")
     arguments = parser.parse_args()
     keep: Path = arguments.keep.resolve()
-    runs: list[tuple[str, int, Method, Path, int]] = []
-    if arguments.sweep:
-        for name in arguments.only:
-            for flags in METHODS[name].sweep:
-                method = varied(METHODS[name], flags)
-                label = "-".join(f"{key.split('.')[-1]}{value}" for key, value in flags.items())
-                runs.append((name, SWEEP_SEED, method, keep / "sweep" / f"{name}-{label}", method.steps))
-    else:
-        for seed in arguments.seeds:
-            for name in arguments.only:
-                runs.append((name, seed, METHODS[name], keep / f"{name}-seed{seed}", METHODS[name].steps))
-    for name, seed, method, folder, steps in runs:
-        if not arguments.plot_only:
-            measure(keep, name, seed, method, folder, steps)
-    complete = [folder for _, _, _, folder, _ in runs if (folder / RECORD).is_file()]
+    jobs = []
+    for name in arguments.only:
+        method = METHODS[name]
+        chosen = [(f"{name}-seed{seed}", method, seed) for seed in arguments.seeds]
+        if arguments.sweep:
+            chosen = [(f"sweep/{name}-{named(flags)}", varied(method, flags), SWEEP_SEED) for flags in method.sweep]
+        for folder, settings, seed in chosen:
+            jobs.append(
+                Job(name=name, method=settings, seed=seed, keep=keep, folder=keep / folder, recipe=arguments.student)
+            )
+    for job in [] if arguments.plot_only else jobs:
+        measure(job)
+    complete = [job.folder for job in jobs if (job.folder / RECORD).is_file()]
     report(complete)
-    if not arguments.sweep:
+    if complete and not arguments.sweep:
         plots(complete, arguments.plots or keep)
 
 
