@@ -67,6 +67,7 @@ class Method:
 
 
 GROUPS: Flags = {"rollout.batch_size": 8, "rollout.group_size": 8, "skip_verification": "false"}
+SHAPES: list[Flags] = [{"rollout.batch_size": 64 // size, "rollout.group_size": size} for size in (4, 2)]
 METHODS = {
     "distill": Method(
         steps=24,
@@ -86,7 +87,8 @@ METHODS = {
         sweep=[
             {"loss.adv_tau": tau, "optim.lr": lr}
             for tau, lr in ((0.3, 1e-3), (1, 1e-3), (0.3, 2e-3), (1, 2e-3), (0.3, 4e-3))
-        ],
+        ]
+        + SHAPES,
     ),
     "sft": Method(
         steps=24,
@@ -103,6 +105,7 @@ METHODS = {
             *({"optim.lr": lr} for lr in (5e-4, 1e-3, 2e-3, 4e-3)),
             {"loss.adv_norm": "std"},
             {"loss.surrogate": "ppo", "optim.epochs": 2},
+            *SHAPES,
         ],
         sweep_steps=24,
     ),

@@ -16,7 +16,8 @@ RECORD = "bench.json"
 """In a run's folder; there only when the run is complete."""
 NEAR = 0.05
 """So far below the teacher is near it."""
-EQUAL_STEPS = 24
+EQUAL_STEPS, EQUAL_TOKENS = 24, 45_000
+"""Where all methods are compared: near the end of pure distillation, by gradient steps and by trained tokens."""
 LABELS = {
     "distill": "on-policy distillation",
     "distill8": "the same, groups of 8",
@@ -127,17 +128,11 @@ def pass_at_1(summary: Path) -> float:
 
 
 def rows_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """One a run. The bar is that of the seed's teacher, and equal tokens are those that distillation of the same seed
-    had trained on after `EQUAL_STEPS`."""
+    """One a run. The bar is that of the seed's teacher."""
     teachers = {run.seed: run.teacher for run in runs if run.teacher is not None}
-    equal = {
-        run.seed: next((p.trained for p in run.curve if p.steps == EQUAL_STEPS), None)
-        for run in runs
-        if run.method == "distill"
-    }
     rows = []
     for run in runs:
-        teacher, tokens = teachers.get(run.seed), equal.get(run.seed)
+        teacher = teachers.get(run.seed)
         near = None if teacher is None else crossing(run.curve, teacher - NEAR)
         last = run.curve[-1]
         rows.append(
@@ -151,7 +146,7 @@ def rows_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 "near_trained": near and near.trained,
                 "near_handled": near and near.handled,
                 "at_equal_steps": success_at(run.curve, EQUAL_STEPS, lambda p: p.steps),
-                "at_equal_tokens": tokens and success_at(run.curve, tokens, lambda p: p.trained),
+                "at_equal_tokens": success_at(run.curve, EQUAL_TOKENS, lambda p: p.trained),
                 "best": max(point.success for point in run.curve),
                 "final": last.success,
                 "final_steps": last.steps,
