@@ -5,10 +5,10 @@
     python -m bench.methods --keep runs/methods --sweep                  # how the settings below were chosen
 
     distill   on-policy distillation: reverse KL to the teacher, no reward
-    distill8  the same in groups of 8 episodes, as those below have them
-    grpo      0/1 reward alone, advantages within groups of 8 episodes, no teacher
+    distill8  the same in groups of 8 episodes a task, as grpo has them
+    grpo      0/1 reward alone, advantages within groups of 8; the teacher's scores are a metric
     sft       supervised fine-tuning on the teacher's episodes
-    mix       the reverse KL and the reward together, groups of 8
+    mix       the reverse KL and the reward together, groups of 2
 
 All start from `builtin:medbrowse-student@SEED` and take 64 episodes a gradient step. The learning rate is constant
 after its warm-up, so that every beginning of a run is a run of its own. The methods are driven by public commands, each
@@ -66,29 +66,36 @@ class Method:
     sweep_steps: int = 12
 
 
-GROUPS: Flags = {"rollout.batch_size": 8, "rollout.group_size": 8, "skip_verification": "false"}
-SHAPES: list[Flags] = [{"rollout.batch_size": 64 // size, "rollout.group_size": size} for size in (4, 2)]
+def in_groups(size: int) -> Flags:
+    """A step's episodes in groups of one task."""
+    return {"rollout.batch_size": EPISODES // size, "rollout.group_size": size}
+
+
+REWARDED: Flags = {"skip_verification": "false"}
 METHODS = {
     "distill": Method(
         steps=24,
         eval_every=2,
-        flags={"rollout.batch_size": EPISODES, "rollout.group_size": 1, "optim.lr": 2e-3},
+        flags={**in_groups(1), "optim.lr": 2e-3},
         sweep=[{"optim.lr": lr} for lr in (1e-3, 2e-3, 4e-3)],
     ),
     "distill8": Method(
         steps=24,
         eval_every=2,
-        flags={"rollout.batch_size": 8, "rollout.group_size": 8, "optim.lr": 2e-3},
+        flags={**in_groups(8), "optim.lr": 2e-3},
     ),
     "mix": Method(
         steps=24,
         eval_every=2,
-        flags={**GROUPS, "loss.adv_tau": 0.3, "optim.lr": 2e-3},
+        flags={**REWARDED, **in_groups(2), "loss.adv_tau": 0.3, "optim.lr": 2e-3},
         sweep=[
-            {"loss.adv_tau": tau, "optim.lr": lr}
-            for tau, lr in ((0.3, 1e-3), (1, 1e-3), (0.3, 2e-3), (1, 2e-3), (0.3, 4e-3))
-        ]
-        + SHAPES,
+            *(
+                {**in_groups(8), "loss.adv_tau": tau, "optim.lr": lr}
+                for tau, lr in ((0.3, 1e-3), (1, 1e-3), (0.3, 2e-3), (1, 2e-3), (0.3, 4e-3))
+            ),
+            in_groups(4),
+            in_groups(2),
+        ],
     ),
     "sft": Method(
         steps=24,
@@ -100,12 +107,20 @@ METHODS = {
     "grpo": Method(
         steps=96,
         eval_every=4,
-        flags={**GROUPS, "loss.type": "sampled", "loss.teacher_tau": 0, "loss.adv_tau": 1, "optim.lr": 1e-3},
+        flags={
+            **REWARDED,
+            **in_groups(8),
+            "loss.type": "sampled",
+            "loss.teacher_tau": 0,
+            "loss.adv_tau": 1,
+            "optim.lr": 1e-3,
+        },
         sweep=[
             *({"optim.lr": lr} for lr in (5e-4, 1e-3, 2e-3, 4e-3)),
             {"loss.adv_norm": "std"},
             {"loss.surrogate": "ppo", "optim.epochs": 2},
-            *SHAPES,
+            in_groups(4),
+            in_groups(2),
         ],
         sweep_steps=24,
     ),
@@ -311,7 +326,8 @@ def varied(method: Method, flags: Flags) -> Method:
 
 
 def named(flags: Flags) -> str:
-    return "-".join(f"{key.split('.')[-1]}{value}" for key, value in flags.items())
+    """Of a setting that is tried."""
+    return "-".join(f"{key.split('.')[-1]}{value}" for key, value in flags.items() if key != "rollout.batch_size")
 
 
 def main() -> None:

@@ -20,8 +20,8 @@ EQUAL_STEPS, EQUAL_TOKENS = 24, 45_000
 """Where all methods are compared: near the end of pure distillation, by gradient steps and by trained tokens."""
 LABELS = {
     "distill": "on-policy distillation",
-    "distill8": "the same, groups of 8",
-    "mix": "mix of both, groups of 8",
+    "distill8": "on-policy distillation, groups of 8",
+    "mix": "mix of both, groups of 2",
     "sft": "SFT on teacher episodes",
     "grpo": "GRPO, 0/1 reward, groups of 8",
 }
