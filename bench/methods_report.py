@@ -184,20 +184,20 @@ def means_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return means
 
 
-def report(folders: Sequence[Path]) -> None:
-    """Print a table of the runs and one of the methods, and all as JSON in the last line."""
+def report(folders: Sequence[Path], *, means: bool) -> None:
+    """Print a table of the runs and, with `means`, one of the methods, and all as JSON in the last line."""
     rows = rows_of([read_run(folder) for folder in folders])
     if not rows:
         print("no complete run")
         return
-    means = means_of(rows)
-    for table in (rows, means):
+    by_method = means_of(rows) if means else []
+    for table in filter(None, (rows, by_method)):
         shown = [{name: text_of(value) for name, value in row.items()} for row in table]
         widths = {name: max(len(name), *(len(row[name]) for row in shown)) for name in shown[0]}
         for row in ({name: name for name in widths}, *shown):
             print("  ".join(f"{row[name]:>{width}}" for name, width in widths.items()))
         print()
-    print(json.dumps({"bench": "methods", "rows": rows, "means": means}))
+    print(json.dumps({"bench": "methods", "rows": rows, "means": by_method}))
 
 
 def text_of(value: Any) -> str:
@@ -218,27 +218,32 @@ def plots(folders: Sequence[Path], out: Path) -> None:
     runs = [read_run(folder) for folder in folders]
     bars = [run.teacher - NEAR for run in runs if run.teacher is not None]
     views: list[tuple[str, str, Callable[[Point], float]]] = [
-        ("results_steps.png", "gradient steps of 64 episodes", lambda p: p.steps),
-        ("results_tokens.png", "trained tokens", lambda p: p.trained),
+        ("results_steps.png", "gradient steps (64 episodes each)", lambda p: p.steps),
+        ("results_tokens.png", "trained tokens, thousands", lambda p: p.trained / 1000),
     ]
     out.mkdir(parents=True, exist_ok=True)
     for file, label, of in views:
-        figure, axes = pyplot.subplots(figsize=(7, 4.2), dpi=130)
-        for method in (name for name in LABELS if any(run.method == name for run in runs)):
-            curves = [run.curve for run in runs if run.method == method]
-            for curve in curves:
-                axes.plot([of(p) for p in curve], [p.success for p in curve], color=COLOURS[method], lw=0.7, alpha=0.5)
-            same = [[curve[i] for curve in curves] for i in range(min(map(len, curves)))]
-            xs, ys = [fmean(map(of, points)) for points in same], [fmean(p.success for p in points) for points in same]
-            axes.plot(xs, ys, color=COLOURS[method], lw=2.2, label=LABELS[method])
-        if bars:
-            axes.axhline(fmean(bars), color="#888888", lw=1, ls="--", label=f"teacher less {NEAR:.0%}")
-        axes.set_xscale("symlog", linthresh=min(of(run.curve[1]) for run in runs))
-        axes.set_xlim(0, max(of(run.curve[-1]) for run in runs))
-        axes.set_ylim(0, 1.02)
-        axes.set_xlabel(f"{label} (linear up to the first evaluation, then logarithmic)")
-        axes.set_ylabel("success on held-out tasks")
-        axes.legend(frameon=False, loc="lower right")
+        figure, (whole, near) = pyplot.subplots(1, 2, figsize=(10, 4), dpi=120)
+        for axes in (whole, near):
+            for method in (name for name in LABELS if any(run.method == name for run in runs)):
+                curves = [run.curve for run in runs if run.method == method]
+                for curve in curves:
+                    axes.plot(
+                        [of(p) for p in curve], [p.success for p in curve], color=COLOURS[method], lw=0.6, alpha=0.4
+                    )
+                same = list(zip(*curves, strict=False))  # the seeds' evaluations after the same steps
+                xs = [fmean(map(of, points)) for points in same]
+                ys = [fmean(p.success for p in points) for points in same]
+                axes.plot(xs, ys, color=COLOURS[method], lw=2, label=LABELS[method])
+            if bars:
+                axes.axhline(fmean(bars), color="#888888", lw=1, ls="--", label=f"teacher less {NEAR * 100:.0f} points")
+            axes.set_xlim(left=0)
+            axes.set_xlabel(label)
+        whole.set_ylim(0, 1.02)
+        whole.set_ylabel("success on held-out tasks")
+        whole.legend(frameon=False, loc="lower right")
+        near.set_ylim(0.8, 1.005)
+        near.set_title("the same from 80 % on", fontsize=10)
         figure.tight_layout()
         figure.savefig(out / file)
         pyplot.close(figure)
