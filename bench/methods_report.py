@@ -223,8 +223,8 @@ def plots(folders: Sequence[Path], out: Path) -> None:
     ]
     out.mkdir(parents=True, exist_ok=True)
     for file, label, of in views:
-        figure, (whole, near) = pyplot.subplots(1, 2, figsize=(10, 4), dpi=120)
-        for axes in (whole, near):
+        figure, (begin, whole) = pyplot.subplots(1, 2, figsize=(10, 4), dpi=120)
+        for axes in (begin, whole):
             for method in (name for name in LABELS if any(run.method == name for run in runs)):
                 curves = [run.curve for run in runs if run.method == method]
                 for curve in curves:
@@ -237,13 +237,15 @@ def plots(folders: Sequence[Path], out: Path) -> None:
                 axes.plot(xs, ys, color=COLOURS[method], lw=2, label=LABELS[method])
             if bars:
                 axes.axhline(fmean(bars), color="#888888", lw=1, ls="--", label=f"teacher less {NEAR * 100:.0f} points")
-            axes.set_xlim(left=0)
             axes.set_xlabel(label)
-        whole.set_ylim(0, 1.02)
-        whole.set_ylabel("success on held-out tasks")
-        whole.legend(frameon=False, loc="lower right")
-        near.set_ylim(0.8, 1.005)
-        near.set_title("the same from 80 % on", fontsize=10)
+        early = max(of(p) for run in runs for p in run.curve if p.steps <= EQUAL_STEPS)
+        begin.set_xlim(0, 1.5 * early)
+        begin.set_ylim(0, 1.02)
+        begin.set_ylabel("success on held-out tasks")
+        begin.legend(frameon=False, loc="lower right")
+        whole.set_xlim(left=0)
+        whole.set_ylim(0.8, 1.005)
+        whole.set_title("to the end, from 80 % on", fontsize=10)
         figure.tight_layout()
         figure.savefig(out / file)
         pyplot.close(figure)
