@@ -173,7 +173,7 @@ def begin(folder: Path) -> Work:
 def on_policy(job: Job) -> None:
     """`distill.run` evaluates by itself."""
     flags = {
-        "output_dir": job.folder.parent, "run_id": job.folder.name, "seed": job.seed, "steps": job.method.steps,
+        "output_dir": str(job.folder.parent), "run_id": job.folder.name, "seed": job.seed, "steps": job.method.steps,
         "student.model": job.student, "teacher.model": job.teacher, "optim.schedule": "constant",
         "eval.every": job.method.eval_every, "eval.num_tasks": NUM_EVAL, "checkpoint.every": job.method.steps,
         **job.method.flags,
