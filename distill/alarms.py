@@ -306,8 +306,8 @@ RULES: dict[AlarmName, Rule] = {
     ),
     "no_op": Rule(
         no_op,
-        "Nothing is learnt: the teacher is the student, the loss is masked, weights are frozen, or by reward alone no group "
-        "has two rewards.",
+        "Nothing is learnt: the teacher is the student, the loss is masked, weights are frozen, or by reward alone no "
+        "group has two rewards.",
         "Compare student.model with teacher.model, and look at train/tokens, reward/mixed_groups, optim.lr and "
         "loss.teacher_tau.",
     ),
