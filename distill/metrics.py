@@ -80,7 +80,13 @@ def reward_metrics(episodes: Sequence[Episode]) -> Metrics:
     if any(e.reward is not None for e in episodes):
         # An episode that failed did not succeed: it counts in the denominator.
         metrics["reward"] = sum(e.reward or 0.0 for e in episodes) / len(episodes)
-<<<<<<< HEAD
+    groups: dict[str, list[float]] = {}
+    for e in episodes:
+        if e.reward is not None:
+            groups.setdefault(e.task.id, []).append(e.reward)
+    mixed = [len(set(rewards)) > 1 for rewards in groups.values() if len(rewards) > 1]
+    if mixed:
+        metrics["reward/mixed_groups"] = mean(mixed)
     sources = sorted({e.task.source for e in episodes})
     if len(sources) > 1:
         for source in sources:
@@ -90,13 +96,4 @@ def reward_metrics(episodes: Sequence[Episode]) -> Metrics:
                 for name, value in of_source.items()
                 if name != "reward"
             }
-=======
-    groups: dict[str, list[float]] = {}
-    for e in episodes:
-        if e.reward is not None:
-            groups.setdefault(e.task.id, []).append(e.reward)
-    mixed = [len(set(rewards)) > 1 for rewards in groups.values() if len(rewards) > 1]
-    if mixed:
-        metrics["reward/mixed_groups"] = mean(mixed)
->>>>>>> p7D
     return metrics
