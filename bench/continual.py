@@ -4,10 +4,10 @@
 
 The recipe of Thinking Machines, "On-Policy Distillation" (2025), part on personalization and continual learning, with
 this project's public commands on models of 130,000 parameters: `distill.sft --data` on invented documents
-(bench/continual_data.py) and some episodes of the model's own, then `distill.run --student.model THAT --teacher.model
-THE_ORIGINAL`. Skill: success on held-out tasks of `medbrowse`. Knowledge: answers in `reasoning` to questions about the
-documents. Both are sampled at temperature 1. The other parts are what one might do instead. What is in FOLDER already
-is read, not made again.
+(bench/continual_data.py) and some episodes of the model's own, then `distill.run` with two teachers: the original for
+the old tasks, the fine-tuned model for questions about the documents. Skill: success on held-out tasks of `medbrowse`.
+Knowledge: answers in `reasoning` to the questions in words that were never trained on. Both are sampled at temperature
+1. The other parts are what one might do instead. What is in FOLDER already is read, not made again.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SERVED = "model"
 START_S = 300.0
 NEVER = 10**6
 BATCH = 64
-"""Episodes of a step of distillation."""
+"""Episodes of a step of distillation from one teacher."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,11 +48,11 @@ class Sizes:
     """Training tasks that the original plays; its episodes are mixed with the documents."""
     epochs: int = 24
     sft_lr: float = 2e-3
-    steps: int = 24
+    steps: int = 120
     """Of distillation."""
-    lr: float = 1e-3
+    lr: float = 2e-3
     """Of distillation."""
-    every: int = 12
+    every: int = 24
     """Steps between measurements."""
     num_tasks: int = 200
     """That measure the skill."""
@@ -109,22 +109,27 @@ class Lab:
         self.run(name, "distill.sft", *common, "--optim.schedule", "linear", *flags)
         return checkpoints(out)[-1][1]
 
-    def distil(self, name: str, student: Path, questions: Path) -> list[Point]:
+    def distil(self, name: str, student: Path, questions: Path, *flags: object) -> list[Point]:
         """`distill.run` from the original on the skill's own tasks; the student's own point, and those of every
-        `every`-th step."""
+        `every`-th step.
+
+        Args:
+            flags: of further sources.
+        """
         sizes = self.sizes
         self.run(
             name, "distill.run", "--env", "medbrowse", "--output_dir", self.folder, "--run_id", name,
             "--seed", self.seed, "--student.model", student, "--teacher.model", f"{ORIGINAL}@{self.seed}",
-            "--rollout.batch_size", BATCH, "--steps", sizes.steps, "--optim.lr", sizes.lr,
+            "--rollout.batch_size", 2 * BATCH if flags else BATCH,
+            "--sources.old.env", "medbrowse", "--steps", sizes.steps, "--optim.lr", sizes.lr,
             "--eval.num_tasks", sizes.num_tasks, "--eval.teacher", "false", "--eval.every", sizes.every,
-            "--checkpoint.every", sizes.every, "--checkpoint.keep_every", sizes.every,
+            "--checkpoint.every", sizes.every, "--checkpoint.keep_every", sizes.every, *flags,
         )  # fmt: skip
         run = self.folder / name
         skill = {}
         for text in (run / "evals.jsonl").read_text().splitlines():
             line = json.loads(text)
-            skill[line["name"], line["step"]] = float(line["metrics"]["reward/success"])
+            skill[line["name"], line["step"]] = float(line["metrics"]["reward/success"])  # `old` alone is evaluated
         points = [self.point(name, 0, student, questions, skill["student", 0])]
         for step, model in checkpoints(run):
             points.append(self.point(name, step, model, questions, skill["student", step]))
@@ -202,12 +207,30 @@ def served(model: Path) -> Iterator[str]:
 
 
 def recipe(lab: Lab) -> list[Point]:
-    """Documents with some of the original's episodes among them, then distillation from the original."""
+    """Documents with some of the original's episodes among them; then distillation from the original on the old tasks
+    and from the fine-tuned model on the documents' dialogues, as many of these as of those."""
     original, files = lab.original(), lab.write()
     before = lab.point("original", 0, original, files.questions)
-    episodes = lab.play("replay", original)
-    trained = lab.fine_tune("mixed", original, *of_documents(files, lab.sizes), "--episodes", episodes)
-    return [before, *lab.distil("distilled", trained, files.questions)]
+    trained = tuned(lab)
+    known = ("--sources.new.env", "reasoning", "--sources.new.tasks", files.asked, "--sources.new.teacher", "tuned")
+    both = (*known, "--teachers.tuned.model", trained, "--loss.source_balance", 0.5)
+    return [before, *lab.distil("distilled", trained, files.questions, *both)]
+
+
+def alone(lab: Lab) -> list[Point]:
+    """The same from the original alone: nothing speaks for the new knowledge."""
+    files = lab.write()
+    return lab.distil("alone", tuned(lab), files.questions)
+
+
+def tuned(lab: Lab) -> Path:
+    """The model after the documents; made once."""
+    if not (lab.folder / "mixed").is_dir():
+        original = lab.original()
+        episodes = lab.play("replay", original)
+        return lab.fine_tune("mixed", original, *of_documents(lab.write(), lab.sizes), "--episodes", episodes)
+    [(_, model)] = checkpoints(lab.folder / "mixed")
+    return model
 
 
 def documents(lab: Lab) -> list[Point]:
@@ -234,15 +257,15 @@ def adapter(lab: Lab) -> list[Point]:
 
 
 def imitation(lab: Lab) -> list[Point]:
-    """After `recipe`: in place of distillation, as many updates on as many episodes of the original, off policy."""
+    """In place of distillation from the original, as many updates on as many of its episodes, off policy."""
     sizes, files = lab.sizes, lab.write()
-    [(_, damaged)] = checkpoints(lab.folder / "mixed")
+    damaged = tuned(lab)
     epochs = -(-BATCH * sizes.steps // sizes.num_replayed)
     flags = ("--episodes", lab.folder / "replay", "--epochs", epochs, "--batch-size", BATCH, "--lr", sizes.lr)
     return [lab.point("imitation", sizes.steps, lab.fine_tune("imitation", damaged, *flags), files.questions)]
 
 
-PARTS = {part.__name__: part for part in (recipe, documents, gentle, adapter, imitation)}
+PARTS = {part.__name__: part for part in (recipe, alone, documents, gentle, adapter, imitation)}
 
 
 def of_documents(files: continual_data.Files, sizes: Sizes, *, lr: float | None = None) -> Sequence[object]:

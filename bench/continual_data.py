@@ -59,8 +59,10 @@ class Files:
 
     documents: Path
     """For `distill.sft --data`."""
+    asked: Path
+    """Task JSONL: what the dialogues ask, without what they answer."""
     questions: Path
-    """Task JSONL, one of each fact."""
+    """Task JSONL, one of each fact, in other words."""
 
 
 def write(folder: Path, *, num_ships: int, seed: int) -> Files:
@@ -68,7 +70,7 @@ def write(folder: Path, *, num_ships: int, seed: int) -> Files:
     rng = random.Random(f"ships-{seed}")
     ships = names(rng, num_ships, 3)
     facts = {kind: dict(zip(ships, names(rng, num_ships, 2), strict=True)) for kind in KINDS}
-    files = Files(folder / "documents.jsonl", folder / "questions.jsonl")
+    files = Files(*(folder / f"{name}.jsonl" for name in ("documents", "asked", "questions")))
     rows: list[Any] = []
     for ship in ships:
         for _ in range(DOCUMENTS_A_SHIP):
@@ -79,6 +81,8 @@ def write(folder: Path, *, num_ships: int, seed: int) -> Files:
                 asked, answered = _user(question.format(ship=ship)), {"role": "assistant", "content": facts[name][ship]}
                 rows.append({"messages": [asked, answered]})
     _lines(files.documents, rows)
+    dialogues = [row["messages"] for row in rows if "messages" in row]
+    _lines(files.asked, ({"id": f"{i}", "messages": asked} for i, (*asked, _) in enumerate(dialogues)))
     _lines(
         files.questions,
         (
