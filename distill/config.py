@@ -127,7 +127,8 @@ class ServerConfig(Section):
     data_parallel: Count = 1
     """Copies of the model, each a server of its own: an episode stays with one, and one may die alone."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format of the served weights. auto: what the model's own configuration says."""
+    """Number format of the served weights. auto: what the model's own configuration says, but 16 bits where that is
+    float32 (vLLM's rule)."""
     memory: Annotated[float, Field(gt=0, le=1)] = 0.9
     """Share of each GPU's memory that a server may take."""
     cpu_cache_gib: Count = 1
