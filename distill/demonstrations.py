@@ -19,6 +19,7 @@ from agent_loop.episodes import read_episodes
 from agent_loop.renderer import Renderer, RendererError
 from agent_loop.trace import TraceBuilder
 from agent_loop.types import Episode, Turn
+from distill.rundir import episode_files
 from envs.jsonl import TaskError
 from envs.types import Message, StopReason
 from tools.types import ToolSpec
@@ -63,22 +64,6 @@ class Demonstrations:
         return "\n".join([*lines, *(f"left out: {n} episodes {reason}" for reason, n in self.left_out.most_common())])
 
 
-def files_of(path: Path) -> list[Path]:
-    """The episode files of a file, a folder of `distill.collect` or `agent_loop.rollout`, or a run.
-
-    Raises:
-        TaskError: there are none.
-    """
-    if path.is_file():
-        return [path]
-    files = (
-        [path / "episodes.jsonl"] if (path / "episodes.jsonl").is_file() else sorted(path.glob("episodes/step_*.jsonl"))
-    )
-    if not files:
-        raise TaskError(str(path), "no episodes there: wanted a file, a folder with episodes.jsonl, or a run")
-    return files
-
-
 def origin_of(path: Path) -> dict[str, Any]:
     """`collect.json` beside the episodes; {} where there is none.
 
@@ -101,14 +86,18 @@ def recorded(paths: Sequence[Path]) -> Iterator[Episode]:
     """Every episode of the paths, in order.
 
     Raises:
-        TaskError: a line is none, naming it; what a crash tore is passed over.
+        TaskError: a path has none; or a line is none, naming it; what a crash tore is passed over.
     """
-    for file in (file for path in paths for file in files_of(path)):
-        for item in read_episodes(file):
-            if isinstance(item, Episode):
-                yield item
-            elif not item.reason.startswith("torn: "):
-                raise TaskError(f"{file}:{item.line_number}", item.reason)
+    for path in paths:
+        files = episode_files(path)
+        if not files:
+            raise TaskError(str(path), "no episodes there: wanted a file, a folder with episodes, or a run")
+        for file in files:
+            for item in read_episodes(file):
+                if isinstance(item, Episode):
+                    yield item
+                elif not item.reason.startswith("torn: "):
+                    raise TaskError(f"{file}:{item.line_number}", item.reason)
 
 
 def demonstrations(

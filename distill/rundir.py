@@ -222,6 +222,19 @@ def eval_kind(name: str) -> str:
     return "eval" if name == "student" else f"eval_{name}"
 
 
+def episode_files(path: Path) -> list[Path]:
+    """The episode files that a path means, in order: itself; of a folder of `distill.collect` or `agent_loop.rollout`
+    its `episodes.jsonl`, not the failed ones beside it; the training steps of a run; of any other folder, its
+    `*.jsonl`. Empty where there is none."""
+    if path.is_file():
+        return [path]
+    if (path / "episodes.jsonl").is_file():
+        return [path / "episodes.jsonl"]
+    if (path / "episodes").is_dir():
+        return sorted((path / "episodes").glob("step_*.jsonl"))
+    return sorted(path.glob("step_*.jsonl")) or sorted(path.glob("*.jsonl"))
+
+
 def evaluations(run: Path) -> list[dict[str, Any]]:
     """The lines of a run's `evals.jsonl`; none where nothing was evaluated."""
     file = run / "evals.jsonl"

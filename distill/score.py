@@ -77,11 +77,11 @@ def score(source: Path, out: Path, arguments: argparse.Namespace, console: Conso
         StoredError: a line is no episode, or its ids mean another text to the teacher.
         TeacherError: the server is not there; what it scored is kept.
     """
-    from distill.stored import episode_files
+    from distill.stored import found_files
 
     if out.exists():
         raise ConfigError([f"{out} is there already; name a file or a folder that is not (scores are cached)"])
-    files = episode_files(source)
+    files = found_files(source)
     building = out.with_name(f".{out.name}.part")
     _remove(building)
     building.parent.mkdir(parents=True, exist_ok=True)

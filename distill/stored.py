@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from agent_loop.episodes import BadLine, read_line
 from agent_loop.types import Episode, TokenTrace
+from distill.rundir import episode_files
 from envs.types import StopReason
 
 if TYPE_CHECKING:
@@ -27,17 +28,13 @@ class StoredError(Exception):
     """Stored episodes that cannot be used as asked; the message names file and line."""
 
 
-def episode_files(path: Path) -> list[Path]:
-    """The episode files that a path means: itself, the `*.jsonl` of a folder, or the training steps of a run.
+def found_files(path: Path) -> list[Path]:
+    """`episode_files`, which must be there.
 
     Raises:
         StoredError: there is none.
     """
-    if path.is_file():
-        return [path]
-    if (path / "episodes").is_dir():
-        path = path / "episodes"
-    files = sorted(path.glob("step_*.jsonl")) or sorted(path.glob("*.jsonl"))
+    files = episode_files(path)
     if not files:
         raise StoredError(f"{path}: no episodes; name a JSONL file, a folder of them, or a run (runs/<id>)")
     return files
@@ -147,7 +144,7 @@ def scan(
     Raises:
         StoredError: a line is no episode, a trained token has no score, or nothing is left.
     """
-    found = StoredEpisodes(source=source, files=episode_files(source))
+    found = StoredEpisodes(source=source, files=found_files(source))
     for file in found.files:
         for line, episode in read_file(file):
             if (cause := _cause_to_leave_out(episode)) is not None:

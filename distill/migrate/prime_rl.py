@@ -3,6 +3,7 @@ the newer one with `[orchestrator.algo]`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from distill.migrate.draft import (
@@ -31,6 +32,7 @@ _STALENESS = "rollout.max_staleness bounds the age of every token; 0, the defaul
 _RATIO = "no token or sequence is masked by its ratio; the ratio is capped at loss.rho (docs/loss.md)"
 _NO_FILTER = "no such setting: no episode is left out for its difficulty or its text"
 _LOGS = "metrics.jsonl, curves and episodes are written in any case"
+_ONE_TRACKER = "a run has one copy in W&B: [wandb]"
 
 
 def _seq_len(draft: Draft, entry: Entry) -> None:
@@ -39,6 +41,26 @@ def _seq_len(draft: Draft, entry: Entry) -> None:
 
 def _seed(draft: Draft, entry: Entry) -> None:
     draft.map(entry, "seed", integer(entry.value))
+
+
+def _wandb(table: str) -> dict[str, Rule]:
+    """The rules of `[wandb]`, whose presence alone switches W&B on."""
+
+    def on(key: str, convert: Callable[[Any], Any]) -> Rule:
+        def rule(draft: Draft, entry: Entry) -> None:
+            draft.map(entry, f"tracking.{key}", convert(entry.value))
+            draft.add("tracking.to", ["wandb"], f"[{table}] is there")
+
+        return rule
+
+    return {
+        table: to("tracking.to", lambda value: ["wandb"], "an empty table; the defaults of [tracking]"),
+        f"{table}.project": on("project", text),
+        f"{table}.name": on("name", text),
+        f"{table}.tags": on("tags", texts),
+        f"{table}.offline": on("offline", boolean),
+        f"{table}.*": drop(_LOGS),
+    }
 
 
 def _quoted_extra(option: str) -> Any:
@@ -187,10 +209,9 @@ RULES: dict[str, Rule] = {
     "orchestrator.eval.*": refuse("an evaluation samples as training does"),
     "orchestrator.val.*": refuse("held-out tasks are evaluated: [eval]"),
     # what is around it
-    "wandb": refuse(f"no such setting; {_LOGS}"),
-    "wandb.*": refuse(f"no such setting; {_LOGS}"),
-    "trainer.wandb.*": refuse(f"no such setting; {_LOGS}"),
-    "orchestrator.wandb.*": refuse(f"no such setting; {_LOGS}"),
+    **_wandb("wandb"),
+    **_wandb("trainer.wandb"),
+    "orchestrator.wandb.*": drop(_ONE_TRACKER),
     "orchestrator.prime_monitor.*": drop(_LOGS),
     "log.*": drop(_LOGS),
     "trainer.log.*": drop(_LOGS),

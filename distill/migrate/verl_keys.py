@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 from distill.migrate.draft import (
+    Draft,
     Rule,
     boolean,
     drop,
@@ -16,8 +17,11 @@ from distill.migrate.draft import (
     only,
     refuse,
     text,
+    texts,
     to,
 )
+from distill.migrate.source import Entry
+from distill.trackers import TrackerName
 
 ACTOR = "actor_rollout_ref.actor"
 ROLLOUT = "actor_rollout_ref.rollout"
@@ -33,6 +37,20 @@ _NO_CLIP = "the ratio is capped at loss.rho instead; loss.surrogate = ppo clips,
 
 def _top_k(value: Any) -> int:
     return max(0, integer(value))
+
+
+def _logger(draft: Draft, entry: Entry) -> None:
+    """`["console", "wandb"]`; trackers that we do not have are named."""
+    wanted = texts(entry.value)
+    trackers = [name for name in wanted if name in get_args(TrackerName)]
+    others = [name for name in wanted if name not in (*trackers, "console", "file")]
+    note = f"not to be had: {', '.join(others)}" if others else _LOGS
+    if trackers:
+        draft.map(entry, "tracking.to", trackers, note)
+    elif others:
+        draft.refuse(entry, note)
+    else:
+        draft.drop(entry, note)
 
 
 _TEACHER = to("teacher.model", text)
@@ -160,8 +178,8 @@ RULES: dict[str, Rule] = {
     "trainer.max_actor_ckpt_to_keep": to("checkpoint.keep_last", integer),
     "trainer.default_local_dir": to("output_dir", text, "a run makes a folder of its own in it"),
     "trainer.experiment_name": to("run_id", text),
-    "trainer.project_name": drop(_LOGS),
-    "trainer.logger": drop(f"no such setting; {_LOGS}"),
+    "trainer.project_name": to("tracking.project", text),
+    "trainer.logger": _logger,
     "trainer.n_gpus_per_node": drop(
         "the launcher's --nproc-per-node (docs/concepts.md); servers: student.server.gpus, teacher.server.gpus"
     ),

@@ -274,6 +274,14 @@ def test_a_kind_of_prime_rl_key(text: str, key: str, verdict: str, words: str, p
     )
 
 
+def test_weights_and_biases_of_prime_rl(place: Path) -> None:
+    tracking = imported(write("a.toml", '[wandb]\nproject = "p"\nname = "n"\nshared = true\n')).tracking
+    assert (tracking.to, tracking.project, tracking.name) == (("wandb",), "p", "n")
+    assert imported(write("b.toml", "max_steps = 1\n[wandb]\n")).tracking.to == ("wandb",)
+    draft = draft_of('[wandb]\nproject = "p"\n[trainer.wandb]\nproject = "q"\n', "c.toml")
+    assert row(draft, "trainer.wandb.project").verdict == "impossible"
+
+
 def test_two_names_for_one_key_that_differ_are_told(place: Path) -> None:
     draft = draft_of('[model]\nname = "A"\n[inference.model]\nname = "B"\n', "a.toml")
     assert draft.value("student.model") == "A"
@@ -412,6 +420,25 @@ def test_a_script_with_variables_and_a_yaml_with_overrides(place: Path) -> None:
     assert merged.value("optim.lr") == 2e-6
     assert row(merged, "actor_rollout_ref.ref.model.path").verdict == "impossible"
     assert row(merged, "teacher").verdict == "impossible"  # none is left
+
+
+@pytest.mark.parametrize(
+    ("loggers", "verdict", "to", "words"),
+    [
+        ('["console","wandb"]', "mapped", ["wandb"], ""),
+        ('["wandb","mlflow"]', "mapped", ["wandb"], "not to be had: mlflow"),
+        ("tensorboard", "mapped", ["tensorboard"], ""),
+        ('["swanlab"]', "impossible", None, "swanlab"),
+        ('["console"]', "dropped", None, "metrics.jsonl"),
+    ],
+)
+def test_loggers_of_verl(loggers: str, verdict: str, to: list[str] | None, words: str, place: Path) -> None:
+    text = f"trainer: {{logger: {loggers}, project_name: p}}\nactor_rollout_ref: {{model: {{path: S}}}}\n"
+    draft = draft_of(text, "v.yaml")
+    found = row(draft, "trainer.logger")
+    assert (found.verdict, draft.value("tracking.to")) == (verdict, to)
+    assert words in found.words
+    assert draft.value("tracking.project") == "p"
 
 
 def test_newer_verl(place: Path) -> None:

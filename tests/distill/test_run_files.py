@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from distill.report import Evaluation, before_after
-from distill.rundir import RunDir, RunDirError, read_jsonl
+from distill.rundir import RunDir, RunDirError, episode_files, read_jsonl
 from distill.tasks import TaskSource
 from envs.types import Task
 
@@ -125,6 +125,27 @@ def test_a_number_that_is_not_finite_never_reaches_the_metrics(tmp_path: Path) -
     run = RunDir.create(tmp_path / "run", {})
     with pytest.raises(ValueError, match="JSON compliant"):
         run.append_metrics({"step": 1, "loss": float("nan")})
+
+
+@pytest.mark.parametrize(
+    ("there", "wanted"),
+    [
+        (["episodes.jsonl", "failed.jsonl"], ["episodes.jsonl"]),
+        (
+            ["metrics.jsonl", "episodes/step_000002.jsonl", "episodes/step_000001.jsonl", "episodes/eval_000001.jsonl"],
+            ["episodes/step_000001.jsonl", "episodes/step_000002.jsonl"],
+        ),
+        (["step_000001.jsonl", "other.jsonl"], ["step_000001.jsonl"]),
+        (["b.jsonl", "a.jsonl", "c.json"], ["a.jsonl", "b.jsonl"]),
+        (["metrics.jsonl", "episodes/eval_000001.jsonl"], []),
+    ],
+)
+def test_what_a_path_means_as_episodes(there: list[str], wanted: list[str], tmp_path: Path) -> None:
+    for name in there:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert [str(file.relative_to(tmp_path)) for file in episode_files(tmp_path)] == wanted
+    assert episode_files(tmp_path / there[0]) == [tmp_path / there[0]]
 
 
 def test_the_closing_table() -> None:
