@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -22,7 +23,7 @@ from agent_loop.episodes import EpisodeWriter, read_episodes
 from agent_loop.types import AssistantMessage, Episode, Turn
 from envs.converters.gsm8k import convert
 from envs.converters.rows import iter_rows
-from envs.reasoning import SYSTEM, grade_answer
+from envs.reasoning import SYSTEM, answer_of, grade_answer, number_of
 from envs.types import StopReason
 
 FORM = re.compile(r"####\s*-?\$?\d[\d,]*(?:\.\d+)?\s*$")
@@ -80,6 +81,8 @@ class Answers:
     episodes: int
     success: Share
     """By the environment's grader."""
+    chance: float
+    """Share that would be right, had each answer been given to another of the problems (mean over all pairs)."""
     form: Share
     """Answers that end in `#### number`."""
     success_in_form: Share
@@ -99,10 +102,14 @@ def answers(episodes: Sequence[Episode]) -> Answers:
         raise ValueError("no episodes")
     texts = [episode.turns[-1].message.content if episode.turns else "" for episode in episodes]
     right = [grade_answer(e.task, {}, [t.message.to_message() for t in e.turns])["success"] for e in episodes]
+    said = Counter(number for text in texts if (number := answer_of(text)) is not None)
+    wanted = Counter(number_of(str(episode.task.metadata["answer"])) for episode in episodes)
+    pairs = sum(count * wanted[number] for number, count in said.items())
     form = [float(FORM.search(text) is not None) for text in texts]
     return Answers(
         episodes=len(episodes),
         success=Share.of(right),
+        chance=(pairs - sum(right)) / max(1, len(episodes) * (len(episodes) - 1)),
         form=Share.of(form),
         success_in_form=Share.of([a * b for a, b in zip(right, form, strict=True)]),
         finished=Share.of([float(e.stop_reason is StopReason.LAST_TOOL) for e in episodes]),
@@ -110,15 +117,19 @@ def answers(episodes: Sequence[Episode]) -> Answers:
     )
 
 
+def percent(share: Share) -> str:
+    return f"{100 * share.mean:.1f} ± {100 * share.error:.1f} %"
+
+
 def table(named: dict[str, Answers]) -> str:
     """One row a file: shares in percent, with standard errors."""
     lines = [
-        "| played by | episodes | right | form `#### number` | right and in form | finished | tokens |",
-        "|---|---|---|---|---|---|---|",
+        "| played by | episodes | right | chance | form `#### number` | right and in form | finished | tokens |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, found in named.items():
-        shares = (found.success, found.form, found.success_in_form, found.finished)
-        cells = [f"{100 * share.mean:.1f} ± {100 * share.error:.1f} %" for share in shares]
+        shares = (found.form, found.success_in_form, found.finished)
+        cells = [percent(found.success), f"{100 * found.chance:.1f} %", *map(percent, shares)]
         length = f"{found.tokens.mean:.0f} ± {found.tokens.error:.0f}"
         lines.append(f"| {name} | {found.episodes} | {' | '.join(cells)} | {length} |")
     return "\n".join(lines)
