@@ -19,6 +19,7 @@ from agent_loop.episodes import read_episodes
 from agent_loop.renderer import Renderer, RendererError
 from agent_loop.trace import TraceBuilder
 from agent_loop.types import Episode, Turn
+from distill.documents import ENV_ID as DATA
 from distill.rundir import episode_files
 from envs.jsonl import TaskError
 from envs.types import Message, StopReason
@@ -111,7 +112,8 @@ def demonstrations(
     """Choose and render.
 
     Args:
-        only_success: leave out episodes whose reward is below 1, or that were not graded.
+        only_success: leave out episodes whose reward is below 1, or that were not graded; rows of `distill.documents`
+            stay.
         max_tokens: leave out episodes with a longer trace.
     """
     found = Demonstrations()
@@ -135,6 +137,7 @@ def demonstrations(
 def _unwanted(episode: Episode, only_success: bool) -> str | None:
     if episode.stop_reason is StopReason.ERROR:
         return "that failed"
+    only_success = only_success and episode.env_id != DATA
     if only_success and episode.reward is None:
         return "that were not graded (--only-success)"
     if only_success and (episode.reward or 0.0) < 1:

@@ -269,7 +269,8 @@ async def run_training(
 
 
 def _run_id(config: RunConfig) -> str:
-    return config.run_id or f"{config.env.strip('/').replace('/', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = config.env.strip("/").replace("/", "-").replace(":", "-")
+    return config.run_id or f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def continued(

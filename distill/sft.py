@@ -1,12 +1,13 @@
 """`python -m distill.sft --episodes FOLDER --student MODEL --out RUN`: supervised fine-tuning on recorded episodes.
 
     python -m distill.sft --episodes collected/ --student Qwen/Qwen3-0.6B --out runs/sft --optim.lr 1e-5
+    python -m distill.sft --data documents.jsonl --student Qwen/Qwen3-0.6B --out runs/sft --optim.lr 1e-5
     python -m distill.run --env medbrowse --student.model runs/sft/checkpoints/step_000120/model
 
 The student learns to say what was said: the loss is the mean of -log p_student over a step's trained tokens, which are
 those of the assistant's turns, their close tokens included. For teachers that give no log-probabilities, and for the
-time before on-policy distillation. Keys of a run's student, optim, checkpoint and seed are taken as flags
-(`--student.lora.rank 16`).
+time before on-policy distillation. `--data` takes dialogues and plain documents, of which every token is trained on.
+Keys of a run's student, optim, checkpoint and seed are taken as flags (`--student.lora.rank 16`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,8 +43,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     add = parser.add_argument
     add(
-        "--episodes", type=Path, nargs="+", required=True, metavar="PATH",
+        "--episodes", type=Path, nargs="+", default=[], metavar="PATH",
         help="folders of distill.collect or agent_loop.rollout, runs, or episode files",
+    )  # fmt: skip
+    add(
+        "--data", type=Path, nargs="+", default=[], metavar="FILE",
+        help='JSONL of documents {"text": ...} and dialogues {"messages": [...]}; with --episodes both are mixed',
     )  # fmt: skip
     add("--student", required=True, metavar="MODEL", help="folder, Hub name or builtin: name of the model to train")
     add("--out", type=Path, required=True, metavar="RUN", help="folder of the run")
@@ -54,6 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments, rest = parser.parse_known_args(argv)
     if min(arguments.epochs, arguments.batch_size) < 1:
         parser.error("--epochs and --batch-size must be at least 1")
+    if not arguments.episodes and not arguments.data:
+        parser.error("nothing to train on: give --episodes, --data or both")
     try:
         config = configuration(arguments, rest)
     except ConfigError as error:
@@ -97,17 +105,19 @@ def fine_tune(arguments: argparse.Namespace, config: RunConfig, console: Console
     from distill.build import load_student
     from distill.checkpoint import save_checkpoint
     from distill.demonstrations import demonstrations, recorded
+    from distill.documents import read_data
     from distill.ranks import Ranks
     from distill.rundir import SUPERVISED, RunDir
 
     path = models.resolve(config.student.model, progress=console.say)
     renderer = load_renderer(path, enable_thinking=config.student.enable_thinking)
+    max_tokens = config.student.max_context or longest_of(path, config)
     found = demonstrations(
-        recorded(arguments.episodes),
+        chain(recorded(arguments.episodes), read_data(arguments.data, renderer, max_tokens=max_tokens)),
         renderer,
         tools_from(arguments),
         only_success=arguments.only_success,
-        max_tokens=config.student.max_context or longest_of(path, config),
+        max_tokens=max_tokens,
     )
     console.say(str(found))
     steps = number_of_steps(found, arguments)
@@ -152,7 +162,7 @@ def number_of_steps(found: Demonstrations, arguments: argparse.Namespace) -> int
     from envs.jsonl import TaskError
 
     if not found.episodes:
-        raise TaskError(", ".join(map(str, arguments.episodes)), f"nothing to train on: {found}")
+        raise TaskError(", ".join(map(str, (*arguments.episodes, *arguments.data))), f"nothing to train on: {found}")
     return int(arguments.epochs) * -(-len(found.episodes) // int(arguments.batch_size))
 
 
@@ -174,6 +184,7 @@ def tools_from(arguments: argparse.Namespace) -> ToolsOf:
     """
     import envs
     from distill.demonstrations import origin_of
+    from distill.documents import ENV_ID
 
     origins = [origin_of(path) for path in arguments.episodes]
     args_of: dict[str, Mapping[str, Any]] = {o["env"]: o.get("env_args", {}) for o in origins if "env" in o}
@@ -182,6 +193,8 @@ def tools_from(arguments: argparse.Namespace) -> ToolsOf:
     specs: dict[str, Sequence[Any]] = {}
 
     def tools_of(episode: Episode) -> Sequence[Any]:
+        if episode.env_id == ENV_ID:
+            return ()
         name = arguments.env or path_of.get(episode.env_id, episode.env_id)
         if name not in specs:
             specs[name] = envs.make(name, skip_verification=True, **args_of.get(name, {})).tool_specs
@@ -204,6 +217,7 @@ def record(arguments: argparse.Namespace, found: Demonstrations) -> dict[str, An
     return {
         "student": arguments.student,
         "episodes": [str(path) for path in arguments.episodes],
+        "data": [str(path) for path in arguments.data],
         "epochs": arguments.epochs,
         "batch_size": arguments.batch_size,
         "only_success": arguments.only_success,

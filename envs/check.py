@@ -223,6 +223,8 @@ class _Checker:
                 await env.areset(seed=self.seed, options=self._task(0))
                 if not env.tool_specs and limits.termination_policy == "max_turns" and not action.tool_calls:
                     continue  # without tools every answer is the last
+                if env.converses and not action.tool_calls:
+                    continue  # what an answer does is the environment's own rule
                 stop = None
                 for _ in range(5):
                     outcome = await env.astep(action)

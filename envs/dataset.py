@@ -28,6 +28,7 @@ __all__ = [
     "content_id",
     "convert",
     "iter_tasks",
+    "message_of",
     "read_tasks",
     "task_from_row",
     "task_to_row",
@@ -127,7 +128,7 @@ def task_from_row(row: Any, where: str) -> Task:
     messages = _expect(row.get("messages"), list, "messages", where)
     if not messages:
         raise TaskError(where, "messages is empty; a task needs at least a user message")
-    parsed = tuple(_message(m, f"messages[{i}]", where) for i, m in enumerate(messages))
+    parsed = tuple(message_of(m, f"messages[{i}]", where) for i, m in enumerate(messages))
     if parsed[-1]["role"] != "user":
         raise TaskError(where, f"the last message must be the user's, found role {parsed[-1]['role']!r}")
     tools = row.get("tools")
@@ -163,7 +164,15 @@ def content_id(task: Task) -> str:
     return hashlib.sha256(json.dumps(row, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:16]
 
 
-def _message(value: Any, key: str, where: str) -> Message:
+def message_of(value: Any, key: str, where: str) -> Message:
+    """Check a message and copy it. Nothing is coerced but a null `content` beside calls, and arguments in a string.
+
+    Args:
+        key: its place in the row, for error messages: `messages[0]`.
+
+    Raises:
+        TaskError: the first thing that is wrong.
+    """
     message = _expect(value, dict, key, where)
     role = message.get("role")
     if role not in _MESSAGE_KEYS:

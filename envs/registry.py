@@ -8,7 +8,7 @@ this module is imported: `gymnasium.make("envs.registry:medbrowse")` does both. 
 
 An installed package offers environments through the entry-point group `distill_gym.envs`; only the one asked for is
 imported, so a broken plug-in is listed as broken and stops nothing. A name that is registered goes before a plug-in's.
-A path of a folder is a name as well (`envs.folder`).
+A path of a folder is a name as well (`envs.folder`), and so is `verifiers:NAME` or `openenv:URL` (`envs.adapters`).
 """
 
 from __future__ import annotations
@@ -29,6 +29,11 @@ import gymnasium
 from envs.tool_env import EnvSetupError, ToolEnv
 
 GROUP = "distill_gym.envs"
+ADAPTERS = {
+    "openenv": ("envs.adapters.openenv:OpenEnvEnv", "base_url"),
+    "verifiers": ("envs.adapters.verifiers:VerifiersEnv", "name"),
+}
+"""By prefix: the class, and the argument that takes what stands behind the colon."""
 _ID = re.compile(r"[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)?")
 
 
@@ -43,7 +48,7 @@ class EnvEntry:
     id: str
     entry_point: str
     """`module:Class`, or the name of the class that was registered."""
-    source: Literal["built-in", "registered", "plug-in"]
+    source: Literal["built-in", "registered", "plug-in", "adapter"]
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Defaults of its constructor."""
     loader: Callable[[], Any] | None = None
@@ -99,7 +104,8 @@ def make(id: str, **kwargs: Any) -> ToolEnv:
     """Make an environment from its name or from the path of a folder.
 
     Args:
-        id: a name of `list_envs`, or a path: one that begins with `.`, `~` or `/`, or that has a `/` and is a folder.
+        id: a name of `list_envs`, `PREFIX:NAME` with a prefix of `ADAPTERS`, or a path: one that begins with `.`, `~`
+            or `/`, or that has a `/` and is a folder.
         kwargs: of its constructor, over the defaults that it was registered with.
 
     Raises:
@@ -181,6 +187,10 @@ def spec(id: str) -> EnvEntry:
     """
     if id in _entries:  # before the plug-ins, whose listing reads the metadata of every installed package
         return _entries[id]
+    prefix, _, rest = id.partition(":")
+    if rest and prefix in ADAPTERS:
+        entry_point, argument = ADAPTERS[prefix]
+        return EnvEntry(id=id, entry_point=entry_point, source="adapter", kwargs={argument: rest})
     known = {entry.id: entry for entry in list_envs()}
     if id in known:
         return known[id]

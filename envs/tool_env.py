@@ -93,6 +93,9 @@ class ToolEnv(gymnasium.Env[tuple[Message, ...], AssistantMessage]):
 
     # To override
 
+    converses: bool = False
+    """A message without a call ends nothing, whatever `termination_policy` says: `on_no_call` decides."""
+
     def tools(self) -> Sequence[Tool]:
         """The tools of this environment; none makes every episode a single turn."""
         return ()
@@ -102,11 +105,18 @@ class ToolEnv(gymnasium.Env[tuple[Message, ...], AssistantMessage]):
         return ()
 
     async def on_reset(self, task: Task) -> None:
-        """Prepare the episode: fill `self.state`. `self.np_random` is seeded."""
+        """Prepare the episode: fill `self.state`. `self.np_random` is seeded. Where the opening depends on what was
+        prepared, change `self.messages`, which hold the task's."""
 
-    def on_no_call(self, action: AssistantMessage) -> Message:
-        """What the environment answers to a message without a call, under `termination_policy = "max_turns"`."""
+    def on_no_call(self, action: AssistantMessage) -> Message | Awaitable[Message | None] | None:
+        """What the environment answers to a message without a call, under `termination_policy = "max_turns"` or where
+        it `converses`; None ends the episode."""
         return {"role": "user", "content": "Go on. Call a tool."}
+
+    async def is_over(self) -> bool:
+        """Whether the episode has reached its end by a rule of the environment's; asked after each step that no budget
+        has ended."""
+        return False
 
     def episode_metadata(self) -> dict[str, Any]:
         """JSON values for the episode's file, asked for at its end: what the episode was played against (the hash of a
@@ -148,7 +158,7 @@ class ToolEnv(gymnasium.Env[tuple[Message, ...], AssistantMessage]):
                 are left to subclasses.
 
         Returns:
-            The task's messages, and `{"task_id", "stop_reason": None}`.
+            The task's messages, as `on_reset` left them, and `{"task_id", "stop_reason": None}`.
 
         Raises:
             ValueError: no task given and none of its own; a task that names a tool which is not there.
@@ -174,7 +184,7 @@ class ToolEnv(gymnasium.Env[tuple[Message, ...], AssistantMessage]):
         self._calls: Counter[str] = Counter()
         self._parse_errors = 0
         self.state = {}
-        self.messages = list(task.messages)
+        self.messages = list(copy.deepcopy(task.messages))
         # Tools get a copy: what one writes into its Metadata must not be there when the task is played again.
         self._task_metadata = copy.deepcopy(task.metadata)
         await self.on_reset(task)
@@ -182,7 +192,7 @@ class ToolEnv(gymnasium.Env[tuple[Message, ...], AssistantMessage]):
             raise ResetNeeded("the environment was reset again while this reset ran; have an instance for each episode")
         self._ended = False
         # A copy: whoever changes what was observed must not change the task.
-        return copy.deepcopy(task.messages), {"task_id": task.id, "stop_reason": None}
+        return tuple(copy.deepcopy(self.messages)), {"task_id": task.id, "stop_reason": None}
 
     async def astep(self, action: AssistantMessage) -> StepOutcome:
         """Take one assistant message: run its calls, count, and say whether the episode goes on.
@@ -216,20 +226,28 @@ class ToolEnv(gymnasium.Env[tuple[Message, ...], AssistantMessage]):
         self._parse_errors += num_malformed
         try:
             results, over = await self._run_calls(action.tool_calls)
+            self._still(number)
+            stop = self._stop_reason(action, results, over, num_malformed)
+            observation: tuple[Message, ...] = tuple(
+                {"role": "tool", "tool_call_id": r.call_id, "name": r.name, "content": r.content} for r in results
+            )
+            if not results and (stop is None or (self.converses and stop is StopReason.MAX_TURNS)):
+                answer = self.on_no_call(action)
+                answer = await answer if inspect.isawaitable(answer) else answer
+                self._still(number)
+                if answer is None:
+                    stop = StopReason.LAST_TOOL
+                elif stop is None:
+                    observation = (answer,)
+            self.messages.extend(observation)
+            if stop is None and await self.is_over():
+                stop = StopReason.ANSWERED
+            self._still(number)
         except BaseException:
             if number == self._episode_number:
                 self._ended, self._stepping = True, False
             raise
-        if number != self._episode_number:
-            raise ResetNeeded("the environment was reset while this step ran; its results are dropped")
         self._stepping = False
-        stop = self._stop_reason(action, results, over, num_malformed)
-        observation: tuple[Message, ...] = tuple(
-            {"role": "tool", "tool_call_id": r.call_id, "name": r.name, "content": r.content} for r in results
-        )
-        if not results and stop is None:
-            observation = (self.on_no_call(action),)
-        self.messages.extend(observation)
         self._ended = stop is not None
         info = {
             "stop_reason": stop,
@@ -271,6 +289,10 @@ class ToolEnv(gymnasium.Env[tuple[Message, ...], AssistantMessage]):
         run_in_background(self.aclose())
 
     # Inside
+
+    def _still(self, number: int) -> None:
+        if number != self._episode_number:
+            raise ResetNeeded("the environment was reset while this step ran; its results are dropped")
 
     def _check_limits(self) -> None:
         names = [spec.name for spec in self.toolbox.specs]
@@ -338,7 +360,8 @@ class ToolEnv(gymnasium.Env[tuple[Message, ...], AssistantMessage]):
             return StopReason.PARSE_ERROR
         if over is not None:
             return over
-        if not action.tool_calls and (limits.termination_policy == "last_tool" or not self.tool_specs):
+        last = limits.termination_policy == "last_tool" or not self.tool_specs
+        if not action.tool_calls and last and not self.converses:
             return StopReason.LAST_TOOL
         if self._turns >= limits.max_turns:
             return StopReason.MAX_TURNS

@@ -38,7 +38,7 @@ class StopReason(StrEnum):
     """Why an episode ended. `terminated` is True for the first two, `truncated` for all others but `error`."""
 
     ANSWERED = "answered"
-    """A tool declared with `ends_episode` succeeded (`submit_answer`)."""
+    """A tool declared with `ends_episode` succeeded (`submit_answer`), or a rule of the environment's was met."""
     LAST_TOOL = "last_tool"
     """The assistant answered without a tool call, and `termination_policy` is `last_tool`."""
     MAX_TURNS = "max_turns"

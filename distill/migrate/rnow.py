@@ -141,8 +141,33 @@ def _kind(draft: Draft) -> None:
         draft.refuse(
             kind, "no teacher stands in it; name one with teacher.model, or set loss.adv_tau and loss.teacher_tau"
         )
+    elif kind.value == "sft":
+        draft.refuse(kind, _supervised(draft))
     else:
         draft.refuse(kind, f"{shown(kind.value)} is no on-policy distillation; only `distill` is imported")
+
+
+def _supervised(draft: Draft) -> str:
+    """What does off-policy distillation here: commands with the values of the file."""
+    words = ["--student", draft.value("student.model") or "MODEL"]
+    for flag, value in (
+        ("--batch-size", draft.value("rollout.batch_size")),
+        ("--epochs", _number(draft, "trainer.num_epochs")),
+        ("--lr", draft.value("optim.lr") or 1e-4),
+        ("--student.lora.rank", draft.value("student.lora.rank")),
+    ):
+        words += [flag, str(value)] if value is not None else []
+    return (
+        "it is not a configuration here but two commands (docs/episodes.md). The teacher plays: python -m "
+        "distill.collect --env ENV --model TEACHER --base-url URL --out collected. The student imitates: python -m "
+        f"distill.sft --episodes collected {' '.join(words)} --out runs/sft. What is written is for on-policy steps "
+        "after them"
+    )
+
+
+def _number(draft: Draft, key: str) -> int | None:
+    entry = draft.entries.get(key)
+    return entry.value if entry is not None and type(entry.value) is int else None
 
 
 def _folder(draft: Draft, folder: Path | None) -> Path | None:

@@ -87,7 +87,7 @@ def _top_of(draft: Draft) -> int:
 
 
 def _files(draft: Draft) -> None:
-    """Parquet is converted by hand: which column is the prompt is not in the command."""
+    """Parquet is converted by hand, from the columns that verl's data sets have."""
     for key, ours, split in (("data.train_files", "tasks.train", "train"), ("data.val_files", "tasks.eval", "test")):
         entry = draft.entries.get(key)
         if entry is None:
@@ -100,9 +100,8 @@ def _files(draft: Draft) -> None:
                 draft.map(entry, ours, files[0], "rows as in docs/formats.md")
                 continue
             made = f"{split}.jsonl"
-            command = f"python convert_dataset.py {files[0]} --prompt prompt --out {made}"
-            if "gsm8k" in files[0]:
-                command = f"python convert_dataset.py gsm8k FOLDER --split {split} --out {made}"
+            columns = "--prompt prompt --answer reward_model.ground_truth"
+            command = f"python convert_dataset.py {files[0]} {columns} --out {made}"
             draft.refuse(entry, f"not a task file; make one: {command}; then {ours} = {made}")
         except ValueError as error:
             draft.refuse(entry, str(error))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import decimal
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from envs.converters import OptionError
@@ -34,7 +34,8 @@ def convert(
         source: see `envs.converters.rows.iter_rows`.
         prompt: the column of the user's message, or a template with columns in braces: `{question}\\n{options}`
             (`{{` is a brace). A column that holds a list of messages is taken as the dialogue.
-        answer: the column that becomes `metadata["answer"]`, as it is: "NA" stays "NA".
+        answer: the column that becomes `metadata["answer"]`, as it is: "NA" stays "NA". A field of a column that holds
+            objects, here and in all other names of columns, is named with a dot: `reward_model.ground_truth`.
         metadata: further columns to keep, under their own names.
         system: text of a system message before each prompt.
         on_bad_row: gets each row that makes no task; returns to skip it.
@@ -61,7 +62,7 @@ def _tasks(
     for row in rows:
         if fields is None:
             fields = [prompt] if prompt in row.values else template_fields(prompt)
-            _check_columns([*fields, *([answer] if answer else []), *metadata], list(row.values))
+            _check_columns([*fields, *([answer] if answer else []), *metadata], row.values)
         is_template = fields != [prompt]
         try:
             task = _task(row, prompt, is_template, answer, metadata, system)
@@ -114,14 +115,18 @@ def fill(template: str, row: Row) -> str:
 
 
 def cell(row: Row, column: str) -> Any:
-    """The row's value in a column.
+    """The row's value in a column, or in a field of one.
 
     Raises:
         TaskError: this row has no such column (rows of JSONL may differ).
     """
-    if column not in row.values:
+    if column in row.values:
+        return row.values[column]
+    name, _, field = column.partition(".")
+    value = row.values.get(name)
+    if not isinstance(value, dict) or field not in value:
         raise TaskError(row.where, f"has no column {column!r}, which earlier rows have")
-    return row.values[column]
+    return value[field]
 
 
 def to_json(value: Any) -> Any:
@@ -137,7 +142,11 @@ def to_json(value: Any) -> Any:
     return value
 
 
-def _check_columns(wanted: list[str], there: list[str]) -> None:
+def _check_columns(wanted: list[str], first: Mapping[str, Any]) -> None:
+    there = [
+        *first,
+        *(f"{name}.{field}" for name, value in first.items() if isinstance(value, dict) for field in value),
+    ]
     unknown = [name for name in wanted if name not in there]
     if unknown:
         named = "; ".join(f"no column {name!r}{suggest(name, there)}" for name in dict.fromkeys(unknown))

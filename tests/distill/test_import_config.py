@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
 import subprocess
 import sys
@@ -18,16 +17,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import distill.run
 from distill.config import RunConfig
 from distill.config_files import ConfigError
 from distill.config_keys import all_keys
 from distill.config_load import load_config
 from distill.import_config import EXIT_INCOMPLETE, EXIT_OK, EXIT_USAGE, main, read
-from distill.init import write_project
 from distill.migrate import prime_rl, rnow, source, verl, verl_keys
 from distill.migrate.draft import Draft, Row
 from distill.migrate.write import toml, toml_value
-from tests.runs.conftest import save_model
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -171,15 +169,26 @@ def mistake(file: str) -> str:
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_an_example_imports_and_every_key_of_it_has_a_row(name: str, place: Path) -> None:
+def test_an_example_imports_and_every_key_of_it_has_a_row(
+    name: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No key is lost; what has no effect of its own here is the data, which is converted by the command that the report
+    prints, and the file of tasks, which is not there (`test_import_runs.py` has them)."""
     draft = draft_of(EXAMPLES[name], name)
     text = EXAMPLES[name]
     keys = {"toml": source.read_toml, "yml": source.read_yaml, "sh": source.read_command}[name.rpartition(".")[2]]
     assert {e.key for e in keys(text, name)} <= {r.key for r in draft.rows}
     assert not [r for r in draft.rows if r.verdict == "not known"]
+    assert {r.key for r in draft.rows if r.verdict == "impossible"} <= {
+        "data.train_file", "data.train_files", "data.val_files"
+    }  # fmt: skip
     config = imported(name)
     assert config.env == "medbrowse"
     assert config.student.model == "S"
+    assert distill.run.main(["--config", f"{name}.new.toml", "--dry-run"]) == 0
+    planned = capsys.readouterr().out
+    assert "environment   medbrowse: " in planned
+    assert f"loss          {config.loss.type}, teacher_tau {config.loss.teacher_tau:g}" in planned
 
 
 def test_the_command_writes_a_file_that_a_dry_run_takes(place: Path) -> None:
@@ -345,8 +354,12 @@ def test_rnow_where_little_is_said(place: Path) -> None:
     text = "dataset_type: distill\nmodel: {path: A/B}\nteacher: {path: C/D}\ndata: {batch_size: 2}\n"
     config = imported(write("config.yml", text))
     assert (config.loss.teacher_tau, config.rollout.max_turns, config.rollout.group_size) == (1.0, 1, 4)
-    sft = draft_of(text.replace("distill", "sft"), "sft.yml")
-    assert row(sft, "dataset_type").verdict == "impossible"
+    sft = draft_of(text.replace("distill", "sft") + "trainer: {num_epochs: 3}\n", "sft.yml")
+    found = row(sft, "dataset_type")
+    assert found.verdict == "impossible"
+    assert "python -m distill.collect --env ENV --model TEACHER" in found.words
+    command = found.words.partition("distill.sft ")[2].partition(". What")[0]
+    assert command == "--episodes collected --student A/B --batch-size 2 --epochs 3 --lr 0.0001 --out runs/sft"
     mcp = draft_of(text + "rollout: {mcp_url: 'http://x', reasoning_mode: disabled, tool_timeout: 9}\n", "mcp.yml")
     assert row(mcp, "rollout.mcp_url").verdict == "impossible"
     assert mcp.value("student.enable_thinking") is False
@@ -361,7 +374,8 @@ def test_verl_defaults_and_parquet(place: Path) -> None:
     assert draft.value("loss.teacher_tau") == 1.0
     assert draft.value("optim.lr") == 1e-5
     assert draft.value("rollout.max_turns") == 1
-    assert "convert_dataset.py gsm8k" in row(draft, "data.train_files").words
+    command = "python convert_dataset.py ~/data/gsm8k/train.parquet --prompt prompt --answer reward_model.ground_truth"
+    assert command in row(draft, "data.train_files").words
     assert row(draft, "data.train_files").origin == "run.sh:4"
     assert "forward KL" in row(draft, "loss.type").words
     assert draft.value("env") == "reasoning"
@@ -452,31 +466,6 @@ def test_newer_verl(place: Path) -> None:
     assert row(draft, "distillation.distillation_loss.loss_mode").verdict == "impossible"
     assert row(draft, "distillation.distillation_loss.use_policy_loss").verdict == "impossible"
     assert imported("v.yaml").teacher.model == "T"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_an_example_trains_two_steps_on_tiny_models(name: str, place: Path) -> None:
-    """The models and where they are served are taken over by flags; all else is as it was imported."""
-    write_project(place / "p", "tools")
-    write(name, EXAMPLES[name])
-    student = save_model(place / "s", seed=1)
-    assert main([name, "--out", "new.toml", "--env", "./p", "--student", str(student)]) == EXIT_OK
-    flags = [f"--teacher.model={save_model(place / 't', seed=2)}", "--teacher.base_url=none", "--rollout.batch_size=2"]
-    flags += ["--student.server=none", "--teacher.server=none"]
-    flags += ["--student.lora.quantization=none"] if name == "config.yml" else []
-    flags += ["--rollout.max_turns=2", "--rollout.max_turn_tokens=8", "--steps=2", "--run-id=r"]
-    done = subprocess.run(
-        [sys.executable, "-m", "distill.run", "--config", "new.toml", *flags],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    kl = [json.loads(line)["teacher_kl"] for line in Path("runs/r/metrics.jsonl").read_text().splitlines()]
-    assert len(kl) == 2
-    assert min(kl) > 0
 
 
 # Files that are wrong

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from distill.init import EXIT_OK, EXIT_USAGE, TEMPLATES, main
 from distill.plan import plan
 from envs.check import check_environment
 from envs.dataset import read_tasks
+from tests.runs.config_cases import check_steps
 from tests.runs.conftest import save_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,7 +36,7 @@ def train(*flags: str) -> list[float]:
         timeout=280,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line)["teacher_kl"] for line in Path("runs/r/metrics.jsonl").read_text().splitlines()]
+    return [line["teacher_kl"] for line in check_steps(Path("runs/r"), 2)]
 
 
 @pytest.mark.parametrize("template", TEMPLATES)

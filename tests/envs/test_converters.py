@@ -86,6 +86,17 @@ def test_a_prompt_column_may_hold_a_dialogue(tmp_path: Path) -> None:
     assert [m["content"] for m in task.messages] == ["S", "a", "b", "c"]
 
 
+def test_a_field_of_a_column_is_named_with_a_dot(tmp_path: Path) -> None:
+    rows = [{"q": "a", "gold": {"truth": "1"}, "x.y": "2"}, {"q": "b", "gold": None, "x.y": "3"}]
+    data = str(source(tmp_path, "jsonl", rows[:1]))
+    (task,) = convert(data, prompt="q", answer="gold.truth", metadata=["x.y"])
+    assert task.metadata == {"answer": "1", "x.y": "2"}
+    with pytest.raises(OptionError, match=r"'gold.trut' \(did you mean 'gold.truth'\?\).*: q, gold, x.y, gold.truth"):
+        list(convert(data, prompt="q", answer="gold.trut"))
+    with pytest.raises(TaskError, match=r"has no column 'gold\.truth', which earlier rows have"):
+        list(convert(str(source(tmp_path, "jsonl", rows)), prompt="q", answer="gold.truth"))
+
+
 def test_unknown_columns_are_listed_with_a_close_match(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, out = source(tmp_path, "csv"), tmp_path / "tasks.jsonl"
     code, _, err = run(data, "--prompt", "q", "--answer", "gol", "--metadata", "zz", "--out", out, capsys=capsys)

@@ -509,3 +509,58 @@ async def test_no_grader_to_build() -> None:
     await env.areset(options={"task": TASK})
     with pytest.raises(NotImplementedError, match="skip_verification = true"):
         await env.verify()
+
+
+# Environments that talk, and that know when it is enough
+
+
+class Talking(Sample):
+    """Completes its opening, answers two replies and has enough of the third; three sums are enough, too."""
+
+    converses = True
+
+    async def on_reset(self, task: Task) -> None:
+        self.messages[-1] = {"role": "user", "content": f"{task.messages[-1]['content']} Think."}
+
+    async def on_no_call(self, action: AssistantMessage) -> Message | None:  # type: ignore[override]
+        said = sum(message["role"] == "assistant" for message in self.messages)
+        return {"role": "user", "content": f"And {said}?"} if said < 3 else None
+
+    async def is_over(self) -> bool:
+        return sum(message["role"] == "tool" for message in self.messages) >= 3
+
+
+async def test_an_opening_that_is_known_after_the_reset_only() -> None:
+    env = Talking()
+    observation, _ = await env.areset(options={"task": TASK})
+    assert observation == ({"role": "user", "content": "Begin. Think."},)
+    assert TASK.messages == ({"role": "user", "content": "Begin."},)
+    observation[0]["content"] = "changed"
+    assert env.messages[0]["content"] == "Begin. Think."
+
+
+@pytest.mark.parametrize("policy", ["last_tool", "max_turns"])
+async def test_an_environment_that_answers_replies(policy: Any) -> None:
+    env = await begun(kind=Talking, termination_policy=policy)
+    first = await env.astep(TALK)
+    assert (first.observation, first.info["stop_reason"]) == (({"role": "user", "content": "And 1?"},), None)
+    last = await play(env, TALK, TALK)
+    assert (last.observation, last.info["stop_reason"]) == ((), StopReason.LAST_TOOL)
+
+
+async def test_what_it_says_in_the_last_turn() -> None:
+    cut = await begun(kind=Talking, max_turns=2)
+    outcome = await play(cut, TALK, TALK)
+    assert (outcome.observation, outcome.info["stop_reason"]) == ((), StopReason.MAX_TURNS)
+    assert cut.messages[-1]["role"] == "assistant"  # nobody would answer a question more
+    done = await begun(kind=Talking, max_turns=3)
+    assert (await play(done, TALK, TALK, TALK)).info["stop_reason"] is StopReason.LAST_TOOL
+
+
+async def test_a_rule_of_the_environment_s_own_ends_the_episode() -> None:
+    env = await begun(kind=Talking)
+    outcome = await play(env, ADD, ADD, ADD)
+    assert (outcome.terminated, outcome.info["stop_reason"]) == (True, StopReason.ANSWERED)
+    assert outcome.observation[0]["content"] == "5"
+    budget = await begun(kind=Talking, max_turns=3)
+    assert (await play(budget, ADD, ADD, ADD)).info["stop_reason"] is StopReason.MAX_TURNS  # a budget goes first

@@ -1,5 +1,5 @@
-"""Whole training runs of `medbrowse` on real vLLM servers that the run starts: full weights, LoRA, one server for both,
-and servers that are killed in the middle of a step."""
+"""Whole training runs of `medbrowse` on real vLLM servers that the run starts: the files of `configs/` that have them
+(full weights, LoRA, several copies), one server for both, and servers that are killed in the middle of a step."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.runs.config_cases import CASES, STEPS, check_run, flags
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -86,7 +88,8 @@ class Run:
         return self.folder / "runs" / "run"
 
     def start(self, *flags: str) -> subprocess.Popen[bytes]:
-        config = ["--config", str(self.folder / "run.toml")] if "--resume" not in flags else []
+        named = {"--config", "--resume"} & set(flags)
+        config = [] if named else ["--config", str(self.folder / "run.toml")]
         with (self.folder / "stderr.txt").open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "distill.run", *config, *flags],
@@ -182,21 +185,17 @@ def no_process_is_left(run: Run) -> None:
         time.sleep(0.1)
 
 
-def test_full_weights_and_a_teacher_on_two_servers(run: Run) -> None:
-    (run.folder / "run.toml").write_text(COMMON + TEACHER)
-    run.start()
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.suite == "vllm"])
+def test_a_file_of_configs_trains_two_steps(run: Run, name: str) -> None:
+    """Full weights and LoRA, each with a teacher on a server of its own, and copies of both."""
+    CASES[name].prepare(run.folder)
+    run.start(*flags(name))
     text = run.finish()
-    check_steps(run)
+    check_run(run.path, name)
+    check_steps(run, STEPS)
     assert "Traceback" not in text
     assert "warning" not in text
     no_process_is_left(run)
-
-
-def test_lora_and_a_teacher_on_two_servers(run: Run) -> None:
-    (run.folder / "run.toml").write_text(COMMON + TEACHER + LORA)
-    run.start()
-    run.finish()
-    check_steps(run)
 
 
 def test_one_server_for_both_the_base_model_teaches_its_adapter(run: Run) -> None:
@@ -207,21 +206,24 @@ def test_one_server_for_both_the_base_model_teaches_its_adapter(run: Run) -> Non
     check_steps(run)
 
 
-@pytest.mark.parametrize("victim", ["student", "teacher"])
-def test_a_server_killed_in_mid_step_comes_back_and_the_run_goes_on(run: Run, victim: str) -> None:
+def test_servers_killed_in_mid_step_come_back_and_the_run_goes_on(run: Run) -> None:
+    """The student's in the second step, the teacher's in the third."""
     (run.folder / "run.toml").write_text(COMMON + TEACHER)
     run.start()
-    run.wait_for(lambda: len(run.metrics()) == 1)  # step 2 has begun
-    time.sleep(0.3)
-    os.kill(run.server(victim), signal.SIGKILL)
+    for step, victim in ((2, "student"), (3, "teacher")):
+        run.wait_for(lambda made=step - 1: len(run.metrics()) == made)  # the step has begun
+        time.sleep(0.3)
+        os.kill(run.server(victim), signal.SIGKILL)
     text = run.finish()
     check_steps(run)
-    assert run.metrics()[-1]["servers/restarts"] == 1
-    assert run.metrics()[-1]["servers/away_s"] > 1
+    assert [line["servers/restarts"] for line in run.metrics()] == [0, 1, 2]
+    assert run.metrics()[1]["servers/away_s"] > 1
+    assert run.metrics()[2]["servers/away_s"] > run.metrics()[1]["servers/away_s"] + 1
     assert all(
         episode["stop_reason"] not in ("error", "timeout") for step in (1, 2, 3) for episode in run.episodes(step)
     )
-    assert victim in text
+    assert "student" in text
+    assert "teacher" in text
     no_process_is_left(run)
 
 
