@@ -209,8 +209,8 @@ class CausalLM:
     def _check(self) -> None:
         """The same 12 tokens three ways: plain forward, prefill and steps through the cache, hidden state and head.
 
-        In 16 bits it is the mean over the vocabulary that must agree: of 50,000 roundings one or the other is above half
-        a nat in a sound model, while a wrong cache moves the distribution as a whole."""
+        In 16 bits it is the mean over the vocabulary that must agree: of 50,000 roundings one or the other is above
+        half a nat in a sound model, while a wrong cache moves the distribution as a whole."""
         ids = (torch.arange(12, device=self.device) * 7919 + 3)[None] % self.vocab_size
         plain = self.model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
         self.model.set_attn_implementation(ATTENTION)
