@@ -42,7 +42,7 @@ FIELDS: dict[type, dict[str, tuple[type, ...]]] = {
         **dict.fromkeys(("rewards", "timing", "metadata"), (dict,)),
         "reward": (float, int, NoneType),
     },
-    Task: {"id": (str,), "metadata": (dict,)},
+    Task: {"id": (str,), "metadata": (dict,), "source": (str,)},
     EpisodeError: dict.fromkeys(("boundary", "kind", "message"), (str,)),
     AssistantMessage: {"content": (str,), "reasoning": (str, NoneType), "finished": (bool,)},
     ToolCall: {
@@ -183,6 +183,7 @@ def task_to_json(task: Task) -> dict[str, Any]:
         "metadata": task.metadata,
         "rewards": list(task.rewards),
         "tools": None if task.tools is None else list(task.tools),
+        **({"source": task.source} if task.source else {}),
     }
 
 
@@ -199,6 +200,7 @@ def task_from_json(value: dict[str, Any]) -> Task:
             metadata=value["metadata"],
             rewards=_all((str,), _list(value["rewards"])),
             tools=None if value["tools"] is None else _all((str,), _list(value["tools"])),
+            source=value.get("source", ""),
         )
     )
 

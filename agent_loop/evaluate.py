@@ -83,6 +83,10 @@ def make_parser() -> argparse.ArgumentParser:
     add_play_arguments(parser, tasks="evaluation")
     add = parser.add_argument
     add("--tokenizer", help="folder or hub id of the model's tokenizer (default: --model)")
+    add(
+        "--split", choices=("eval", "train"), default="eval",
+        help="which of the environment's own tasks (default: eval); train: episodes to fine-tune on",
+    )  # fmt: skip
     add("--chat", action="store_true", help="speak messages only; no tokens are recorded")
     add("--top-p", type=float, default=1.0)
     add("--top-k", type=int, default=0, help="0: off")
@@ -178,7 +182,7 @@ async def evaluate(arguments: argparse.Namespace) -> list[Episode]:
 
     jobs = [
         EpisodeJob(task=task, sample_index=sample, seed=arguments.seed)
-        for task in await tasks_of(make_env, arguments, split="eval")
+        for task in await tasks_of(make_env, arguments, split=arguments.split)
         for sample in range(arguments.samples)
     ]
     async with AsyncExitStack() as opened:

@@ -306,8 +306,10 @@ RULES: dict[AlarmName, Rule] = {
     ),
     "no_op": Rule(
         no_op,
-        "Nothing is learnt: the teacher is the student, the loss is masked, or weights are frozen.",
-        "Compare student.model with teacher.model, and look at train/tokens, optim.lr and loss.teacher_tau.",
+        "Nothing is learnt: the teacher is the student, the loss is masked, weights are frozen, or by reward alone no "
+        "group has two rewards.",
+        "Compare student.model with teacher.model, and look at train/tokens, reward/mixed_groups, optim.lr and "
+        "loss.teacher_tau.",
     ),
 }
 """By name. Order: what makes the numbers wrong, or the run, comes before what is only slow."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from statistics import fmean, pstdev
 from typing import Literal
 
@@ -31,6 +31,8 @@ class TrainItem:
     """`loss.turn_balance`."""
     mean_turn: float = 1.0
     """Trained tokens of a turn, mean over the turns of the step that have any; read with `turn_balance` alone."""
+    source_weight: float = 1.0
+    """Of each trained token, on top of its turn's weight; other than 1 with `loss.source_balance` alone."""
 
     @property
     def trace(self) -> TokenTrace:
@@ -48,14 +50,25 @@ class TrainItem:
 
 
 def items_of(
-    episodes: Sequence[Episode], advantages: Sequence[float] | None = None, *, turn_balance: float = 0.0
+    episodes: Sequence[Episode],
+    advantages: Sequence[float] | None = None,
+    *,
+    turn_balance: float = 0.0,
+    source_balance: float = 0.0,
+    shares: Mapping[str, float] | None = None,
 ) -> list[TrainItem]:
-    """The traces that have something to train on, in order. `advantages`: one an episode; zeros if not given."""
+    """The traces that have something to train on, in order.
+
+    Args:
+        advantages: one an episode; zeros if not given.
+        turn_balance, source_balance: of `LossConfig`.
+        shares: by source, relative to one another; needed with `source_balance`.
+    """
     trained = [
         (i, k) for i, episode in enumerate(episodes) for k, trace in enumerate(episode.traces) if any(trace.loss_mask)
     ]
     counts = [c for i, k in trained if turn_balance for c in _tokens_by_turn(episodes[i].traces[k]).values()]
-    return [
+    items = [
         TrainItem(
             episode_index=i,
             episode=episodes[i],
@@ -66,6 +79,28 @@ def items_of(
         )
         for i, k in trained
     ]
+    if not source_balance or shares is None:
+        return items
+    weights = source_weights(items, shares, source_balance)
+    return [replace(item, source_weight=weights[item.episode.task.source]) for item in items]
+
+
+def source_weights(items: Sequence[TrainItem], shares: Mapping[str, float], balance: float) -> dict[str, float]:
+    """What a trained token of each source of a step weighs, so that with `balance` = 1 the source's tokens together
+    weigh as its share among the sources that are there, and in any case all tokens together as many as they are.
+
+    Token-balanced weights of several teachers: Open-MOPD, arXiv 2608.19098.
+    """
+    weights: dict[str, float] = defaultdict(float)
+    for item in items:
+        turns = _tokens_by_turn(item.trace)
+        # Turn-balanced, each turn has the weight of one of mean length, whatever it has of tokens.
+        balanced = len(turns) * item.mean_turn - turns.total()
+        weights[item.episode.task.source] += turns.total() + item.turn_balance * balanced
+    whole, total_share = sum(weights.values()), sum(shares[source] for source in weights)
+    return {
+        source: 1 + balance * (shares[source] / total_share * whole / weight - 1) for source, weight in weights.items()
+    }
 
 
 def _tokens_by_turn(trace: TokenTrace) -> Counter[int]:
@@ -140,7 +175,7 @@ class _Rows:
     turns: np.ndarray
     classes: np.ndarray
     weights: np.ndarray
-    """1, or with `turn_balance` more in turns of few tokens."""
+    """1, or with `turn_balance` more in turns of few tokens, with `source_balance` in sources of few."""
 
 
 def collate(items: Sequence[TrainItem], *, packed: bool, scored: bool = True) -> Batch:
@@ -218,6 +253,7 @@ def _rows_of(item: TrainItem, *, scored: bool) -> _Rows:
         by_turn = {turn: item.mean_turn / count for turn, count in _tokens_by_turn(trace).items()}
         balanced = np.array([by_turn[turn] for turn in turns.tolist()], dtype=np.float32)
         weights += item.turn_balance * (balanced - weights)
+    weights *= np.float32(item.source_weight)
     return _Rows(
         input_ids=ids[: positions[-1]],
         positions=positions,

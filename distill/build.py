@@ -5,8 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+<<<<<<< HEAD
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
+=======
+from collections.abc import Coroutine, Mapping, Sequence
+>>>>>>> main
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,25 +25,28 @@ from agent_loop.renderer import Renderer, load_renderer
 from agent_loop.transport import TransportError
 from agent_loop.types import Episode
 from distill import models
-from distill.config import RunConfig
+from distill.config import OneTeacherConfig, RunConfig
+from distill.config_rules import teacher_key
 from distill.console import Console
 from distill.cost import Activity, gpus_of
 from distill.endpoints import Endpoint, Place, publisher_for
+<<<<<<< HEAD
 from distill.environment import make_env
 from distill.metrics import Metrics
+=======
+>>>>>>> main
 from distill.publish import Publisher
 from distill.ranks import Ranks, join
 from distill.ray_cluster import check_installed, players
 from distill.ray_workers import RayWorkers
-from distill.resume import TaskSet, as_records, task_sets
+from distill.resume import TaskSet, as_records, examples_set, task_sets
 from distill.serving.fleet import Fleet
 from distill.serving.vllm import Machine
+from distill.sources import Source, SourceError, Teacher, load_sources
 from distill.student import Student
 from distill.teacher import HttpTeacher
-from envs.dataset import read_tasks
-from envs.tool_env import ToolEnv
+from distill.teacher_context import ContextError, TeacherContext, context_of, read_examples
 from envs.types import Task
-from tools.types import ToolSpec
 
 T = TypeVar("T")
 
@@ -93,13 +100,12 @@ class Parts(Core):
 
     renderer: Renderer
     student_endpoint: Endpoint
-    teacher_endpoint: Endpoint
     policy: VllmPolicy
-    teacher: HttpTeacher
     publisher: Publisher
-    train_tasks: Sequence[Task]
-    eval_tasks: Sequence[Task]
-    tool_specs: Sequence[ToolSpec]
+    sources: Mapping[str, Source]
+    """By name, in the order of the configuration; a run without `[sources]` has one, named ""."""
+    teachers: Mapping[str, Teacher]
+    """Those that a source has, by name; `[teacher]` is named ""."""
     canary: Sequence[int]
     """A fixed token sequence that server and trainer must agree on after each publication."""
     max_context: int | None
@@ -114,8 +120,24 @@ class Parts(Core):
     @property
     def fleets(self) -> list[Fleet]:
         """The servers that may go away."""
-        endpoints = (self.student_endpoint, self.teacher_endpoint)
-        return list({id(e.fleet): e.fleet for e in endpoints if e.fleet is not None}.values())
+        return [endpoint.fleet for endpoint in self.endpoints if endpoint.fleet is not None]
+
+    @property
+    def endpoints(self) -> list[Endpoint]:
+        """Of student and teachers; those that share a transport, once."""
+        found: dict[int, Endpoint] = {}
+        for endpoint in (self.student_endpoint, *(teacher.endpoint for teacher in self.teachers.values())):
+            found.setdefault(id(endpoint.transport), endpoint)
+        return list(found.values())
+
+    def teacher_of(self, task: Task) -> Teacher:
+        """Who scores the episodes of a task."""
+        return self.teachers[self.sources[task.source].teacher]
+
+    @property
+    def probe_source(self) -> Source:
+        """Whose first task the checks and the canary take."""
+        return next(source for source in self.sources.values() if source.train_tasks)
 
     def gpus(self) -> dict[str, int | None]:
         """GPUs by role, for the estimate of what a step costs."""
@@ -125,15 +147,11 @@ class Parts(Core):
 
     def metadata(self) -> dict[str, Any]:
         return Core.metadata(self) | {
-            "teacher": self.config.teacher_model,
+            "teacher": ", ".join(t.config.model or self.config.student.model for t in self.teachers.values()),
             "tokenizer": self.renderer.fingerprint,
-            "num_train_tasks": len(self.train_tasks),
-            "num_eval_tasks": len(self.eval_tasks),
+            "num_train_tasks": sum(len(source.train_tasks) for source in self.sources.values()),
+            "num_eval_tasks": sum(len(source.eval_tasks) for source in self.sources.values()),
         }
-
-    def make_env(self, *, verify: bool, step: int | None = None) -> ToolEnv:
-        """A fresh environment; a grader is built only with `verify`. `step`: of training, for the curriculum."""
-        return make_env(self.config, verify=verify, step=step)
 
     async def start(self, console: Console) -> None:
         """Start the workers and the servers, and find out how these are best asked.
@@ -194,31 +212,11 @@ class Parts(Core):
             await self.workers.aclose()
         await self.publisher.aclose()
         await self.policy.aclose()
-        await self.teacher.aclose()
-        await self.student_endpoint.aclose()
-        if self.teacher_endpoint.transport is not self.student_endpoint.transport:
-            await self.teacher_endpoint.aclose()
+        for teacher in self.teachers.values():
+            await teacher.scorer.aclose()
+        for endpoint in self.endpoints:
+            await endpoint.aclose()
         await asyncio.to_thread(self.student.ranks.close)
-
-
-def load_tasks(config: RunConfig) -> tuple[list[Task], list[Task]]:
-    """Training and held-out tasks: from the files that the configuration names, else the environment's own.
-
-    Raises:
-        TaskError: a row that is not a task, with file and line.
-        BuildError: a split without tasks.
-    """
-    env = make_env(config, verify=False)
-    tasks = []
-    for split, path, count in (
-        ("train", config.tasks.train, config.tasks.num_train),
-        ("eval", config.tasks.eval, config.tasks.num_eval),
-    ):
-        rows = read_tasks(path, limit=count) if path else list(env.default_tasks(split=split, num_tasks=count))
-        if not rows and split == "train":
-            raise BuildError(f"no tasks to train on: {path or f'environment {config.env!r} has none of its own'}")
-        tasks.append(rows)
-    return tasks[0], tasks[1]
 
 
 def load_student(config: RunConfig, path: str | Path, teacher_path: str | Path, ranks: Ranks) -> Student:
@@ -231,9 +229,10 @@ def load_student(config: RunConfig, path: str | Path, teacher_path: str | Path, 
     np.random.seed(config.seed % 2**32)
     random.seed(config.seed)
     transformers.utils.logging.disable_progress_bar()
-    if config.loss.type == "full" and config.teacher.system_prompt is not None:
+    if config.loss.type == "full" and config.teacher.sees_more:
+        key = "system_prompt" if config.teacher.system_prompt is not None else "examples"
         raise BuildError(
-            'loss.type: "full" scores the student\'s own inputs and cannot show the teacher teacher.system_prompt; '
+            f'loss.type: "full" scores the student\'s own inputs and cannot show the teacher teacher.{key}; '
             'take "sampled" or "topk"'
         )
     try:
@@ -262,48 +261,47 @@ def build(config: RunConfig, console: Console, folder: Path) -> Parts:
         BuildError, ConfigError, TaskError, WorkersError: what is wrong, before anything is trained.
     """
     check_installed(config)
-    train_tasks, eval_tasks = load_tasks(config)
+    try:
+        sources = load_sources(config)
+    except SourceError as error:
+        raise BuildError(str(error)) from error
     student_path = models.resolve(config.student.model, progress=console.say)
-    teacher_config = config.teacher
-    teacher_path = models.resolve(teacher_config.model or config.student.model, progress=console.say)
+    teacher_paths = {
+        name: models.resolve(teacher.model or config.student.model, progress=console.say)
+        for name, teacher in config.all_teachers.items()
+    }
     renderer = load_renderer(student_path, enable_thinking=config.student.enable_thinking)
     ranks = join()
     with ranks.call("build", config=config.model_dump(mode="json")):
-        student = load_student(config, student_path, teacher_path, ranks)
+        student = load_student(config, student_path, teacher_paths.get("", student_path), ranks)
     if ranks.size > 1:
         console.say(f"the student is split over {ranks.size} processes (FSDP2)")
     if student.padded_because is not None:
         console.say(f"micro-batches are padded, not packed: {student.padded_because}")
-    env = make_env(config, verify=False)
     place = Place(config=config, folder=folder, lora_modules=student.adapted_modules)
     student_endpoint = place.student(student, student_path, renderer)
-    teacher_endpoint = place.teacher(teacher_path, renderer, student_endpoint)
-    messages = renderer.clean(train_tasks[0].messages)
-    canary = renderer.render_prompt(messages, env.tool_specs)[:CANARY_TOKENS]
+    teachers = build_teachers(config, place, sources, teacher_paths, renderer, student_endpoint)
+    probe = next(source for source in sources.values() if source.train_tasks)
+    messages = renderer.clean(probe.train_tasks[0].messages)
+    canary = renderer.render_prompt(messages, probe.tool_specs)[:CANARY_TOKENS]
     return Parts(
         config=config,
         renderer=renderer,
         student=student,
         student_endpoint=student_endpoint,
-        teacher_endpoint=teacher_endpoint,
         policy=VllmPolicy(student_endpoint.transport, student_endpoint.model),
-        teacher=HttpTeacher(
-            teacher_endpoint.transport,
-            teacher_endpoint.model,
-            top_k=teacher_config.top_k if config.loss.type == "topk" else 0,
-            candidates=config.loss.candidates,
-            max_tokens_in_flight=teacher_config.max_tokens_in_flight,
-            timeout_s=teacher_config.timeout_s,
-            renderer=renderer,
-            system_prompt=teacher_config.system_prompt,
-            tool_specs=env.tool_specs,
-        ),
+        sources=sources,
+        teachers=teachers,
         publisher=publisher_for(config, student_endpoint, folder, canary),
-        train_tasks=train_tasks,
-        eval_tasks=eval_tasks,
-        tool_specs=env.tool_specs,
         canary=canary,
-        task_sets=task_sets(config, train_tasks, eval_tasks),
+        task_sets=[
+            *(found for source in sources.values() for found in task_sets(source)),
+            *(
+                examples_set(f"{teacher_key(name)}.examples", teacher.examples, read_examples(teacher.examples))
+                for name, teacher in config.all_teachers.items()
+                if teacher.examples is not None
+            ),
+        ],
         workers=RayWorkers(config, student_path, renderer.fingerprint, logs=folder / "logs" / "ray")
         if config.rollout.executor == "ray"
         else None,
@@ -311,6 +309,58 @@ def build(config: RunConfig, console: Console, folder: Path) -> Parts:
         or (student_endpoint.engine.limits.max_model_len if student_endpoint.engine else None),
         slots=asyncio.Semaphore(config.rollout.max_concurrent),
     )
+
+
+def build_teachers(
+    config: RunConfig,
+    place: Place,
+    sources: Mapping[str, Source],
+    paths: Mapping[str, str | Path],
+    renderer: Renderer,
+    student: Endpoint,
+) -> dict[str, Teacher]:
+    """The teachers that the sources have, those that are served alike on one endpoint.
+
+    Raises:
+        BuildError: a task lacks what its teacher's prompt wants to say of it.
+        EndpointError: the environment variable of a key is not set.
+        TaskError: a file of examples, with its line.
+    """
+    contexts: dict[str, TeacherContext | None] = {}
+    extra = dict.fromkeys(config.all_teachers, 0)
+    for source in sources.values():
+        contexts[source.name] = context = context_of(config.all_teachers[source.teacher], renderer, source.tool_specs)
+        if context is not None:
+            try:
+                extra[source.teacher] = max(extra[source.teacher], context.extra_tokens(source.train_tasks))
+            except ContextError as error:
+                raise BuildError(f"{teacher_key(source.teacher)}.prompt_fields: {error}") from error
+    rooms: dict[OneTeacherConfig, int] = {}
+    for name, teacher in config.all_teachers.items():
+        where = config.place_of(teacher)
+        rooms[where] = max(rooms.get(where, 0), extra[name])
+    endpoints: dict[OneTeacherConfig, Endpoint] = {}
+    teachers = {}
+    for name, teacher in config.all_teachers.items():
+        where = config.place_of(teacher)
+        if where not in endpoints:
+            endpoints[where] = place.teacher(name, paths[name], student, extra_tokens=rooms[where])
+        teachers[name] = Teacher(
+            name=name,
+            config=teacher,
+            endpoint=endpoints[where],
+            scorer=HttpTeacher(
+                endpoints[where].transport,
+                endpoints[where].model,
+                top_k=config.teacher.top_k if config.loss.type == "topk" else 0,
+                candidates=config.loss.candidates,
+                max_tokens_in_flight=teacher.max_tokens_in_flight,
+                timeout_s=teacher.timeout_s,
+                context_of=lambda task: contexts[task.source],
+            ),
+            extra_tokens=extra[name],
+        )
+    return teachers
 
 
 async def served_context(endpoint: Endpoint) -> int | None:

@@ -13,7 +13,8 @@ import asyncio
 import json
 import tempfile
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,7 @@ from distill.follow import leave
 if TYPE_CHECKING:
     from agent_loop.renderer import Renderer
     from distill.build import Parts
+    from distill.sources import Teacher
 
 __all__ = ["CHECKS", "CheckFailed", "Finding", "check_parts", "main"]
 
@@ -94,12 +96,21 @@ async def check_parts(parts: Parts, publish: Callable[[], Awaitable[object]] | N
         if needs:
             findings.append(warning(name, f"not made: it needs {needs}"))
             return False
-        try:
-            answers = await question()
-        except Exception as failure:
-            answers = [error(name, f"{type(failure).__name__}: {failure}"[:500])]
+        answers = await asked(name, question)
         findings.extend(answers)
         return all(answer.level != "error" for answer in answers)
+
+    async def asked(name: str, question: Callable[[], Awaitable[list[Finding]]]) -> list[Finding]:
+        try:
+            return await question()
+        except Exception as failure:
+            return [error(name, f"{type(failure).__name__}: {failure}"[:500])]
+
+    async def of_teachers(name: str, question: Callable[[Teacher], Awaitable[list[Finding]]]) -> list[Finding]:
+        """The same question about each; of several, the answers say about whom."""
+        answers = [(t, f) for t in parts.teachers.values() for f in await asked(name, partial(question, t))]
+        several = len(parts.teachers) > 1
+        return [replace(f, message=f"{t.key}: {f.message}") if several else f for t, f in answers]
 
     def failed(*names: str) -> str:
         """The first of these checks that found an error; empty where none did."""
@@ -107,11 +118,11 @@ async def check_parts(parts: Parts, publish: Callable[[], Awaitable[object]] | N
 
     await run("packages", lambda: done(packages()))
     await run("installed", lambda: done(installed()))
-    await run("vocabulary", lambda: done(vocabulary(parts)))
+    await run("vocabulary", lambda: of_teachers("vocabulary", lambda t: done(vocabulary(parts, t))))
     await run("template", lambda: done(template(parts.renderer, parts)))
     await run("sampling", lambda: done(sampling(parts)))
-    await run("student_server", lambda: server(parts, parts.student_endpoint, "student"))
-    await run("teacher_server", lambda: server(parts, parts.teacher_endpoint, "teacher"))
+    await run("student_server", lambda: server(parts))
+    await run("teacher_server", lambda: of_teachers("teacher_server", lambda t: server(parts, t)))
     gone = failed("student_server")
     if both_sides(parts):
         await run("server_versions", lambda: server_versions(parts), needs=gone or failed("teacher_server"))
@@ -132,10 +143,16 @@ async def check_parts(parts: Parts, publish: Callable[[], Awaitable[object]] | N
     await run("self_score", lambda: self_score(parts, probe[0]), needs=sample)
     await run("mismatch", lambda: done(mismatch(parts, probe[0])), needs=sample)
     unasked = failed("teacher_server", "max_logprobs") or sample
-    scores = await run("teacher_scores", lambda: teacher_scores(parts, probe[0]), needs=unasked)
-    if parts.teacher_endpoint.engine is None:
+    scores = await run(
+        "teacher_scores",
+        lambda: of_teachers("teacher_scores", lambda t: teacher_scores(parts, t, probe[0])),
+        needs=unasked,
+    )
+    if any(teacher.endpoint.engine is None for teacher in parts.teachers.values()):
         await run(
-            "teacher_scorer", lambda: teacher_scorer(parts, probe[0]), needs=sample if scores else "teacher_scores"
+            "teacher_scorer",
+            lambda: of_teachers("teacher_scorer", lambda t: teacher_scorer(parts, t, probe[0])),
+            needs=sample if scores else "teacher_scores",
         )
     return findings
 
@@ -171,24 +188,25 @@ def packages() -> list[Finding]:
     return [ok("packages", "all from this checkout")]
 
 
-def vocabulary(parts: Parts) -> list[Finding]:
+def vocabulary(parts: Parts, teacher: Teacher) -> list[Finding]:
     """Do student and teacher mean the same by every id? One wrong id and the teacher scores another token."""
     from agent_loop.renderer import load_renderer
 
     name = "vocabulary"
-    if parts.teacher_endpoint.path == parts.student_endpoint.path:
+    path = teacher.endpoint.path
+    if path == parts.student_endpoint.path:
         return [ok(name, "student and teacher have the same tokenizer files")]
     try:
-        teacher = load_renderer(parts.teacher_endpoint.path)
+        renderer = load_renderer(path)
     except Exception as failure:
         return [
             error(
                 name,
-                f"the teacher's tokenizer cannot be loaded from {parts.teacher_endpoint.path}: {failure}"[:500],
-                "set teacher.model to the folder or hub id of the model that the server serves; its tokenizer is compared id by id",
+                f"the teacher's tokenizer cannot be loaded from {path}: {failure}"[:500],
+                f"set {teacher.key}.model to the folder or hub id of the model that the server serves; its tokenizer is compared id by id",
             )
         ]
-    return compare_vocabularies(parts.renderer, teacher)
+    return compare_vocabularies(parts.renderer, renderer)
 
 
 def compare_vocabularies(student: Renderer, teacher: Renderer) -> list[Finding]:
@@ -222,9 +240,10 @@ def compare_vocabularies(student: Renderer, teacher: Renderer) -> list[Finding]:
 
 def template(renderer: Renderer, parts: Parts) -> list[Finding]:
     """Does a tool call survive template and parser, and does the prompt only ever grow?"""
-    findings = []
-    for problem in renderer.self_test(parts.tool_specs):
-        findings.append(error("template", problem, "use a chat template that renders tool calls"))
+    problems = [p for source in parts.sources.values() for p in renderer.self_test(source.tool_specs)]
+    findings = [
+        error("template", problem, "use a chat template that renders tool calls") for problem in dict.fromkeys(problems)
+    ]
     if not renderer.is_prefix_preserving:
         findings.append(
             warning(

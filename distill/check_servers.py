@@ -15,7 +15,7 @@ from distill.findings import Finding, error, ok, warning
 if TYPE_CHECKING:
     from agent_loop.scoring import ScoringError
     from distill.build import Parts
-    from distill.endpoints import Endpoint
+    from distill.sources import Teacher
 
 PROBE_TOKENS = 16
 """Sampled tokens that the numeric probes look at."""
@@ -41,58 +41,62 @@ class Probe:
     rounds otherwise (in bfloat16 by up to half a nat)."""
 
 
-async def server(parts: Parts, endpoint: Endpoint, who: Who) -> list[Finding]:
-    """Is the model there on every address, and is its context long enough for the budgets?"""
-    return [await one_server(parts, address, endpoint.model, who) for address in addresses(endpoint, who)]
+async def server(parts: Parts, teacher: Teacher | None = None) -> list[Finding]:
+    """Is the model there on every address, and is its context long enough for the budgets?
+
+    Args:
+        teacher: whose; None: the student's.
+    """
+    endpoint = parts.student_endpoint if teacher is None else teacher.endpoint
+    who: Who = "student" if teacher is None else "teacher"
+    return [await one_server(parts, address, endpoint.model, teacher) for address in addresses(endpoint, who)]
 
 
-async def one_server(parts: Parts, address: Address, model: str, who: Who) -> Finding:
+async def one_server(parts: Parts, address: Address, model: str, teacher: Teacher | None) -> Finding:
+    who, table = ("student", "student") if teacher is None else ("teacher", teacher.key)
     name = f"{who}_server"
     try:
         reply = await address.transport.get_json("/v1/models", timeout_s=ASK_S)
     except TransportError as failure:
-        remedy = f"start the {who}'s server, or correct {who}.base_url"
+        remedy = f"start the {who}'s server, or correct {table}.base_url"
         if failure.status in (401, 403):
-            remedy = f"put its key into an environment variable and name that in {who}.api_key_env"
-        return error(name, str(failure)[:500], is_proprietary(parts, who) or remedy)
+            remedy = f"put its key into an environment variable and name that in {table}.api_key_env"
+        return error(name, str(failure)[:500], is_proprietary(teacher) or remedy)
     cards = reply.get("data")
     if not isinstance(cards, list) or not all(isinstance(card, dict) for card in cards):
         return error(
             name,
             "GET /v1/models lists no models: this is no OpenAI-compatible server",
-            f"correct {who}.base_url; it ends in /v1",
+            f"correct {table}.base_url; it ends in /v1",
         )
     served = {str(card.get("id")): card for card in cards}
     if model not in served:
         return error(
             name,
             f"{address.name} does not serve {model!r}; it serves {', '.join(map(repr, served)) or 'nothing'}",
-            f"set {who}.model to a served name, or start the server with --served-model-name",
+            f"set {table}.model to a served name, or start the server with --served-model-name",
         )
     has = served[model].get("max_model_len")
     if type(has) is not int:
         return ok(name, f"{address.name} serves {model!r}; it does not say how long its context is")
-    return context(parts, who, has) or ok(name, f"{address.name} serves {model!r} with {has} tokens of context")
+    return context(parts, teacher, has) or ok(name, f"{address.name} serves {model!r} with {has} tokens of context")
 
 
-def context(parts: Parts, who: Who, has: int) -> Finding | None:
+def context(parts: Parts, teacher: Teacher | None, has: int) -> Finding | None:
     """What is wrong with a server's context of `has` tokens, if anything."""
-    extra = 0
-    if who == "teacher" and parts.config.teacher.system_prompt:
-        prompt = parts.config.teacher.system_prompt
-        extra = len(parts.renderer.tokenizer.encode(prompt, add_special_tokens=False))
+    who, extra = ("student", 0) if teacher is None else ("teacher", teacher.extra_tokens)
     budget = parts.config.rollout.max_episode_tokens
     if budget is not None:
         wanted = budget + extra + 1  # a scoring request samples one token
         if has >= wanted:
             return None
-        also = f", and the teacher's system prompt {extra}" if extra else ""
+        also = f", and the teacher's system prompt and examples {extra}" if extra else ""
         return error(
             f"{who}_server",
             f"its context is {has} tokens, episodes may have {budget}{also}",
             f"serve the {who} with --max-model-len {wanted} or more, or lower rollout.max_episode_tokens",
         )
-    if who == "teacher" and parts.max_context is not None and has < parts.max_context + extra:
+    if teacher is not None and parts.max_context is not None and has < parts.max_context + extra:
         return warning(
             "teacher_server",
             f"its context is {has} tokens, the student's {parts.max_context}: longer episodes get no score",
@@ -101,10 +105,11 @@ def context(parts: Parts, who: Who, has: int) -> Finding | None:
     return None
 
 
-def is_proprietary(parts: Parts, who: Who = "teacher") -> str:
+def is_proprietary(teacher: Teacher | None) -> str:
     """What to do instead, where the teacher is an API that only samples; empty where it is not known as one."""
-    host = urlsplit((parts.config.teacher.base_url or ("",))[0]).hostname or ""
-    if who == "student" or not any(host == known or host.endswith("." + known) for known in PROPRIETARY_HOSTS):
+    urls = teacher.config.base_url if teacher is not None else None
+    host = urlsplit((urls or ("",))[0]).hostname or ""
+    if not any(host == known or host.endswith("." + known) for known in PROPRIETARY_HOSTS):
         return ""
     return (
         f"{host} is a proprietary API: it samples, but gives no log-probabilities of given tokens, so it cannot be an "
@@ -114,8 +119,9 @@ def is_proprietary(parts: Parts, who: Who = "teacher") -> str:
 
 async def student_sampling(parts: Parts, probe: list[Probe]) -> list[Finding]:
     """Does the student's server give ids and log-probabilities of what it sampled?"""
-    messages = parts.renderer.clean(parts.train_tasks[0].messages)
-    prompt = parts.renderer.render_prompt(messages, parts.tool_specs)
+    source = parts.probe_source
+    messages = parts.renderer.clean(source.train_tasks[0].messages)
+    prompt = parts.renderer.render_prompt(messages, source.tool_specs)
     completion = await parts.policy.sample(prompt, SamplingParams(max_tokens=PROBE_TOKENS, seed=parts.config.seed))
     probe.append(Probe(prompt_ids=prompt, token_ids=list(completion.token_ids), sampled=list(completion.logprobs)))
     return [ok("student_sampling", "token ids and log-probabilities of sampled tokens")]
@@ -148,21 +154,20 @@ def mismatch(parts: Parts, probe: Probe) -> list[Finding]:
     return [error("mismatch", found, "serve the weights and dtype of student.model; about 1e-3 is healthy in bfloat16")]
 
 
-async def teacher_scores(parts: Parts, probe: Probe) -> list[Finding]:
+async def teacher_scores(parts: Parts, teacher: Teacher, probe: Probe) -> list[Finding]:
     """Does the teacher give log-probabilities of given tokens, the same each time, with K candidates if asked?"""
     from agent_loop.scoring import ScoringError
 
     name = "teacher_scores"
     top_k = parts.config.teacher.top_k if parts.config.loss.type == "topk" else 0
     try:
-        servers = addresses(parts.teacher_endpoint, "teacher")
         runs = [
-            await score(address, parts.teacher_endpoint.model, probe, top_k=top_k)
-            for address in servers
+            await score(address, teacher.endpoint.model, probe, top_k=top_k)
+            for address in addresses(teacher.endpoint, "teacher")
             for _ in range(3)
         ]
     except ScoringError as failure:
-        return [unscored(parts, failure)]
+        return [unscored(teacher, failure)]
     findings = []
     spread = max(max(values) - min(values) for values in zip(*runs, strict=True))
     if spread > parts.config.check.max_self_difference:
@@ -177,31 +182,33 @@ async def teacher_scores(parts: Parts, probe: Probe) -> list[Finding]:
     if not math.isfinite(kl):
         findings.append(error(name, f"the teacher's scores are not finite: {kl}"))
     same = all(abs(s - t) < ALIKE for s, t in zip(probe.scored or probe.sampled, runs[0], strict=True))
-    if same and not parts.config.teacher.system_prompt:
+    if same and not teacher.config.sees_more:
         findings.append(
             warning(
                 name,
                 "teacher and student give the same log-probabilities: there is nothing to learn",
-                "set teacher.model, teacher.base_url or teacher.system_prompt",
+                f"set {teacher.key}.model, {teacher.key}.base_url or {teacher.key}.system_prompt",
             )
         )
     good = ok(name, f"scores of given tokens, the same three times; first sample's KL {kl:.3f} nats a token")
     return findings or [good]
 
 
-async def teacher_scorer(parts: Parts, probe: Probe) -> list[Finding]:
+async def teacher_scorer(parts: Parts, teacher: Teacher, probe: Probe) -> list[Finding]:
     """Does the way in which a server scores fastest give the numbers of the plain way?"""
     from agent_loop.scorers import choose_scorer
     from agent_loop.scoring import ScoringError
 
-    name, model, config = "teacher_scorer", parts.teacher_endpoint.model, parts.config
+    name, model, config = "teacher_scorer", teacher.endpoint.model, parts.config
+    if teacher.endpoint.engine is not None:
+        return []
     given = config.loss.type == "topk" and config.loss.candidates == "student"
     top_k = config.teacher.top_k if config.loss.type == "topk" else 0
     ids = [*probe.prompt_ids, *probe.token_ids]
     rows = range(len(probe.prompt_ids), len(ids))
     candidates = [list(range(top_k))] * len(rows) if given else None
     findings = []
-    for address in addresses(parts.teacher_endpoint, "teacher"):
+    for address in addresses(teacher.endpoint, "teacher"):
         try:
             scorer = await choose_scorer(address.transport, model, top_k=top_k, given_ids=given)
             scores = await scorer.score(
@@ -225,7 +232,7 @@ async def teacher_scorer(parts: Parts, probe: Probe) -> list[Finding]:
     return findings
 
 
-def unscored(parts: Parts, failure: ScoringError) -> Finding:
+def unscored(teacher: Teacher, failure: ScoringError) -> Finding:
     """Why there are no scores, in the user's words."""
     message = {
         "unavailable": "the teacher did not answer",
@@ -241,7 +248,7 @@ def unscored(parts: Parts, failure: ScoringError) -> Finding:
         "the teacher must be a server that answers prompt_logprobs, such as vLLM; for an API that only samples, "
         "collect its episodes and fine-tune on them (off-policy distillation)",
     )
-    return error("teacher_scores", f"{message}: {failure}"[:500], is_proprietary(parts) or remedy)
+    return error("teacher_scores", f"{message}: {failure}"[:500], is_proprietary(teacher) or remedy)
 
 
 async def score(address: Address, model: str, probe: Probe, *, top_k: int = 0) -> list[float]:

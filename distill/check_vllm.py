@@ -126,12 +126,11 @@ def reach(base_url: str) -> Literal["this machine", "its network", "the internet
 
 def both_sides(parts: Parts) -> list[tuple[Who, Address]]:
     """Every vLLM server of the run, those that both sides use once, as the student's."""
-    student, teacher = parts.student_endpoint, parts.teacher_endpoint
     pairs: list[tuple[Who, Address]] = []
-    if student.engine is None:
-        pairs += [("student", server) for server in addresses(student, "student")]
-    if teacher.engine is None and teacher.transport is not student.transport:
-        pairs += [("teacher", server) for server in addresses(teacher, "teacher")]
+    for endpoint in parts.endpoints:
+        who: Who = "student" if endpoint.transport is parts.student_endpoint.transport else "teacher"
+        if endpoint.engine is None:
+            pairs += [(who, server) for server in addresses(endpoint, who)]
     return pairs
 
 
@@ -143,7 +142,8 @@ async def max_logprobs(parts: Parts) -> list[Finding]:
     given = parts.config.loss.candidates == "student"
     # Given candidates stand in one row with the sampled token, which may not be among them.
     asked: list[tuple[Endpoint, Who, str, int]] = []
-    asked.append((parts.teacher_endpoint, "teacher", "prompt_logprobs", top_k + given))
+    for teacher in parts.teachers.values():
+        asked.append((teacher.endpoint, "teacher", "prompt_logprobs", top_k + given))
     if given:
         asked.append((parts.student_endpoint, "student", "logprobs", top_k + (parts.policy.api == "generate")))
     findings = []
@@ -290,6 +290,7 @@ async def context_of(server: Address, model: str) -> int | None:
 
 def probe_ids(parts: Parts, length: int) -> list[int]:
     """The first task's prompt, repeated to `length` tokens."""
-    messages = parts.renderer.clean(parts.train_tasks[0].messages)
-    ids = parts.renderer.render_prompt(messages, parts.tool_specs)
+    source = parts.probe_source
+    messages = parts.renderer.clean(source.train_tasks[0].messages)
+    ids = parts.renderer.render_prompt(messages, source.tool_specs)
     return (ids * (length // len(ids) + 1))[:length]

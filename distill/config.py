@@ -11,6 +11,7 @@ flags into it and reports every mistake with its file and line. Nothing here imp
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -46,6 +47,12 @@ def _base_url(url: str) -> str:
     return url.rstrip("/")
 
 
+def _table_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,63}", name):
+        raise ValueError("letters, digits and '_' only, a letter first: it becomes part of names of metrics and files")
+    return name
+
+
 def _run_id(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", name):
         raise ValueError("letters, digits, '.', '_' and '-' only: it becomes the name of a folder")
@@ -60,6 +67,7 @@ BaseUrls = Annotated[
     AfterValidator(lambda urls: tuple(map(_base_url, urls))),
 ]
 EnvVar = Annotated[str, AfterValidator(_environment_variable)]
+TableName = Annotated[str, AfterValidator(_table_name)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 CountOrZero = Annotated[int, Field(ge=0, lt=2**31)]
 Text = Annotated[str, Field(min_length=1)]
@@ -87,9 +95,9 @@ class TasksConfig(Section):
     eval: Text | None = None
     """Task JSONL file of held-out tasks. none: the environment's own `test` split, if it has one."""
     num_train: Count | None = None
-    """Training tasks to use (from the start of the file) or to generate. none: all that there are."""
+    """Training tasks of each source to use (from the start of the file) or to generate. none: all that there are."""
     num_eval: Count | None = None
-    """Evaluation tasks to read or to generate. none: all that there are."""
+    """Evaluation tasks of each source to read or to generate. none: all that there are."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of generated tasks and of the order in which tasks are taken."""
 
@@ -169,17 +177,17 @@ class StudentConfig(Section):
     """Passed to chat templates that know it (Qwen3). none: the template's own default."""
 
 
-class TeacherConfig(Section):
-    """The model that scores the student's tokens. It is asked for log-probabilities, never for text."""
+class OneTeacherConfig(Section):
+    """One of several teachers, for the sources that name it (docs/concepts.md, "Several teachers")."""
 
     model: Text | None = None
     """Folder, Hub name, `builtin:` name, or the name its server knows it by. none: the student's model as it was at
-    the start, which teaches something only with a `system_prompt`."""
+    the start, which teaches something only with a `system_prompt` or `examples`."""
     base_url: BaseUrls | None = None
     """Address of the vLLM server that scores, with its `/v1`, or a list of several that serve the same model. none:
-    `teacher.server`, else the embedded engine in this process."""
+    `server` beside this, else the embedded engine in this process."""
     server: ServerConfig | None = None
-    """Servers that the run starts for the teacher. none: `teacher.base_url`, else the embedded engine."""
+    """Servers that the run starts for the teacher. none: `base_url` beside this, else the embedded engine."""
     on_student_server: bool = False
     """Score with the base model of the student's own vLLM server; the student is a LoRA adapter on it."""
     api_key_env: EnvVar | None = None
@@ -188,14 +196,54 @@ class TeacherConfig(Section):
     """Number format of the teacher's weights where it runs in this process."""
     system_prompt: Text | None = None
     """Text that only the teacher sees, before the task's own system message (worked examples, privileged facts)."""
+    prompt_fields: Annotated[tuple[Text, ...], Strict(False)] = ()
+    """Names in the tasks' metadata whose values take the place of `{name}` in `system_prompt`: the reference of a task
+    that only the teacher sees (arXiv 2601.18734)."""
+    examples: Text | None = None
+    """JSONL file of dialogues that only the teacher sees, after `system_prompt` and before the task's own messages
+    (docs/formats.md, "Examples for the teacher")."""
     max_tokens_in_flight: Count = 131_072
     """Tokens in all scoring requests at once; prompt log-probabilities cost the server memory."""
     timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 600.0
     """Seconds for one scoring request, its retries included."""
+
+    @property
+    def in_process(self) -> bool:
+        """Whether the embedded engine serves it."""
+        return self.base_url is None and self.server is None and not self.on_student_server
+
+    @property
+    def sees_more(self) -> bool:
+        """Whether it sees something before the task that the student does not."""
+        return self.system_prompt is not None or self.examples is not None
+
+
+class TeacherConfig(OneTeacherConfig):
+    """The model that scores the student's tokens. It is asked for log-probabilities, never for text. Of several
+    teachers (`[teachers.NAME]`), that of every source that names none."""
+
     top_k: Annotated[int, Field(ge=0, le=1024)] = 0
-    """Candidates a position that the teacher returns, for the `topk` loss. 0: the sampled token alone."""
+    """Candidates a position that every teacher returns, for the `topk` loss. 0: the sampled token alone."""
     max_dropped_fraction: Fraction = 0.2
     """Share of a step's episodes that may go unscored before the run stops."""
+
+
+class SourceConfig(Section):
+    """A data set with its environment and its teacher, one of several in a run (docs/concepts.md, "Several
+    teachers")."""
+
+    env: Text | None = None
+    """Name of a registered environment or path of an environment's folder. none: the run's."""
+    env_args: dict[str, Any] | None = None
+    """Keyword arguments of the environment. none: the run's where the environment is the run's, else no arguments."""
+    tasks: Text | None = None
+    """Task JSONL file. none: the environment's own tasks."""
+    eval_tasks: Text | None = None
+    """Task JSONL file of held-out tasks. none: the environment's own `test` split, if it has one."""
+    teacher: Text | None = None
+    """Name of a teacher in `[teachers]`. none: `[teacher]`."""
+    share: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    """Share of a step's tasks, relative to the other sources. 0: evaluated only."""
 
 
 class RayConfig(Section):
@@ -293,6 +341,24 @@ class RolloutConfig(Section):
         )
 
 
+class TauScheduleConfig(Section):
+    """Where `loss.teacher_tau` goes and over how many steps. The table switches it on."""
+
+    end: Annotated[float, Field(ge=0, le=100)]
+    """Weight of the teacher's signal from step `over` + 1 on."""
+    over: Count
+    """Steps from the first one, which has `loss.teacher_tau`, to the one that has `end`."""
+    shape: Literal["linear", "cosine"] = "linear"
+    """linear: by the same amount each step. cosine: slowly at both ends."""
+
+    def value(self, start: float, step: int) -> float:
+        """The weight in force at `step`, from 1, if it begins with `start`."""
+        done = min(1.0, (step - 1) / self.over)
+        if self.shape == "cosine":
+            done = (1 - math.cos(math.pi * done)) / 2
+        return start + (self.end - start) * done
+
+
 class LossConfig(Section):
     """The reverse KL on the student's own tokens (docs/loss.md)."""
 
@@ -300,7 +366,7 @@ class LossConfig(Section):
     """sampled: the sampled token's log-ratio. topk: exact over the teacher's k candidates, sampled on the tail; far
     less variance. full: exact over the vocabulary, where the teacher runs in this process."""
     teacher_tau: Annotated[float, Field(ge=0, le=100)] = 1.0
-    """Weight of the teacher's signal."""
+    """Weight of the teacher's signal; at the first step, where a schedule changes it."""
     adv_tau: Annotated[float, Field(ge=0, le=100)] = 0.0
     """Weight of the rewards' advantage. 0: rewards never enter the loss."""
     candidates: Literal["teacher", "student"] = "teacher"
@@ -326,9 +392,31 @@ class LossConfig(Section):
     turn_balance: Fraction = 0.0
     """0: every trained token weighs the same, so long turns weigh more. 1: every turn weighs the same (TurnOPD, arXiv
     2607.05804). Between: a mixture."""
+    source_balance: Fraction = 0.0
+    """0: every trained token weighs the same, so sources with long episodes weigh more. 1: each source's tokens
+    together weigh as its `share` (Open-MOPD, arXiv 2608.19098). Between: a mixture."""
     advantage_clip: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Cap of a token's absolute log-ratio of teacher and student in the loss, in nats: less variance, a biased
     gradient. none: no cap."""
+    teacher_tau_schedule: TauScheduleConfig | None = None
+    """A `teacher_tau` that changes from step to step. none: the same in all."""
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether the teacher's signal has a weight above 0 in some step."""
+        schedule = self.teacher_tau_schedule
+        return self.teacher_tau > 0 or (schedule is not None and schedule.end > 0)
+
+    def at(self, step: int) -> LossConfig:
+        """The loss of one step: `teacher_tau` is the value in force.
+
+        Args:
+            step: of training, from 1.
+        """
+        if self.teacher_tau_schedule is None:
+            return self
+        tau = self.teacher_tau_schedule.value(self.teacher_tau, step)
+        return self.model_copy(update={"teacher_tau": tau, "teacher_tau_schedule": None})
 
 
 class OptimConfig(Section):
@@ -375,7 +463,8 @@ class CostConfig(Section):
     student_gpus: CountOrZero | None = None
     """GPUs behind `student.base_url`. none: not known, and not in the estimate."""
     teacher_gpus: CountOrZero | None = None
-    """GPUs behind `teacher.base_url`. none: not known, and not in the estimate."""
+    """GPUs behind `teacher.base_url`, of several teachers behind all of theirs. none: not known, and not in the
+    estimate."""
 
 
 class EvalConfig(Section):
@@ -474,7 +563,7 @@ class RunConfig(Section):
 
     env: Text
     """Name of a registered environment (`python -m envs list`) or path of an environment's folder. Not needed with
-    `episodes`."""
+    `episodes`, and where each of several sources has its own."""
     env_args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the environment: `[env_args]`, `max_hops = 2`, or `--env_args.max_hops 2`."""
     episodes: Text | None = None
@@ -493,8 +582,12 @@ class RunConfig(Section):
     max_outage_s: Annotated[float, Field(gt=0, le=604_800)] = 900.0
     """Seconds that a model server may be away. Rollouts and scoring wait that long; then the run saves and exits."""
     tasks: TasksConfig = Field(default_factory=TasksConfig)
+    sources: dict[TableName, SourceConfig] = Field(default_factory=dict)
+    """Several data sets in one run, by name; empty: the run's environment and tasks alone."""
     student: StudentConfig
     teacher: TeacherConfig = Field(default_factory=TeacherConfig)
+    teachers: dict[TableName, OneTeacherConfig] = Field(default_factory=dict)
+    """Further teachers, by the name that sources call them."""
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     loss: LossConfig = Field(default_factory=LossConfig)
     optim: OptimConfig = Field(default_factory=OptimConfig)
@@ -510,13 +603,55 @@ class RunConfig(Section):
         """`teacher.model`, or the student's where it is not given."""
         return self.teacher.model or self.student.model
 
+    @property
+    def all_sources(self) -> dict[str, SourceConfig]:
+        """The sources with `env` and `env_args` filled in; a run without `[sources]` has one, named ""."""
+        own = SourceConfig(env=self.env, env_args=self.env_args, tasks=self.tasks.train, eval_tasks=self.tasks.eval)
+        if not self.sources:
+            return {"": own}
+        filled = {}
+        for name, source in self.sources.items():
+            args = source.env_args if source.env_args is not None else {} if source.env else self.env_args
+            filled[name] = source.model_copy(update={"env": source.env or self.env, "env_args": args})
+        return filled
+
+    @property
+    def all_teachers(self) -> dict[str, OneTeacherConfig]:
+        """The teachers that a source has, in the order of the sources; `[teacher]` is named ""."""
+        names = dict.fromkeys(source.teacher or "" for source in self.all_sources.values())
+        return {name: self.teachers[name] if name else self.teacher for name in names}
+
+    def place_of(self, teacher: OneTeacherConfig) -> OneTeacherConfig:
+        """What decides where a teacher is served, and nothing else: those alike in it share one endpoint."""
+        return OneTeacherConfig(
+            model=teacher.model or self.student.model,
+            base_url=teacher.base_url,
+            server=teacher.server,
+            on_student_server=teacher.on_student_server,
+            api_key_env=teacher.api_key_env,
+            dtype=teacher.dtype,
+        )
+
+    @property
+    def places_of_teachers(self) -> dict[str, OneTeacherConfig]:
+        """`place_of` of the teachers that a source has, by the name of the first teacher there."""
+        places: dict[OneTeacherConfig, str] = {}
+        for name, teacher in self.all_teachers.items():
+            places.setdefault(self.place_of(teacher), name)
+        return {name: place for place, name in places.items()}
+
     @model_validator(mode="before")
     @classmethod
     def _without_env(cls, values: Any) -> Any:
-        """Stored episodes say where they were played; the run takes their name."""
-        if isinstance(values, dict) and values.get("episodes") is not None:
+        """Stored episodes say where they were played; the run takes their name. So does one whose sources all have
+        environments of their own, of the first."""
+        if not isinstance(values, dict) or values.get("env") is not None:
+            return values
+        if values.get("episodes") is not None:
             return {"env": "episodes", **values}
-        return values
+        sources = values.get("sources")
+        envs = [s.get("env") for s in sources.values() if isinstance(s, dict)] if isinstance(sources, dict) else []
+        return {"env": envs[0], **values} if envs and all(envs) else values
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:

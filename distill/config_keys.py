@@ -12,7 +12,10 @@ from typing import Any, Literal
 
 from distill.config import RunConfig
 
-Shape = Literal["section", "table", "array", "string", "boolean", "number"]
+Shape = Literal["section", "sections", "table", "array", "string", "boolean", "number"]
+
+ANY = "NAME"
+"""Stands in a key for the names that the user gives: `sources.NAME.share`."""
 
 _ELSEWHERE = {
     "learning_rate": ("optim.lr",),
@@ -45,7 +48,7 @@ class Key:
     name: str
     """Dotted: `loss.teacher_tau`."""
     shape: Shape
-    """`section` has keys of its own; `table` takes any."""
+    """`section` has keys of its own, `sections` sections by name; `table` takes any."""
     type_text: str
     """What is wanted, in words: `integer >= 1, or none`."""
     optional: bool
@@ -68,11 +71,13 @@ def _walk(schema: dict[str, Any], definitions: dict[str, Any], prefix: str) -> I
         optional = any(o.get("type") == "null" for o in options)
         main = next(o for o in options if o.get("type") != "null")
         required = name in schema.get("required", ())
-        is_section = "properties" in main
-        text = "table" if is_section else _type_text(main)
+        inner = main.get("additionalProperties")
+        inner = _resolve(inner, definitions) if isinstance(inner, dict) else {}
+        is_section, are_sections = "properties" in main, "properties" in inner
+        text = "table" if is_section else "tables" if are_sections else _type_text(main)
         yield Key(
             name=prefix + name,
-            shape="section" if is_section else _shape(main),
+            shape="section" if is_section else "sections" if are_sections else _shape(main),
             type_text=text + (', or "none"' if optional else ""),
             optional=optional,
             required=required,
@@ -81,6 +86,17 @@ def _walk(schema: dict[str, Any], definitions: dict[str, Any], prefix: str) -> I
         )
         if is_section:
             yield from _walk(main, definitions, f"{prefix}{name}.")
+        if are_sections:
+            yield Key(
+                name=f"{prefix}{name}.{ANY}",
+                shape="section",
+                type_text="table",
+                optional=True,
+                required=False,
+                default=None,
+                doc=" ".join(inner["description"].split()),
+            )
+            yield from _walk(inner, definitions, f"{prefix}{name}.{ANY}.")
 
 
 def _resolve(schema: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
@@ -119,10 +135,25 @@ def _type_text(schema: dict[str, Any]) -> str:
     return " ".join([kind, " and ".join(bounds)]).strip()
 
 
+def general(path: tuple[str, ...]) -> tuple[str, ...]:
+    """A key with `NAME` for the names that the user gave: `sources.math.share` is `sources.NAME.share`."""
+    names = list(path)
+    for length in range(1, len(path)):
+        key = all_keys().get(".".join(names[:length]))
+        if key is not None and key.shape == "sections":
+            names[length] = ANY
+    return tuple(names)
+
+
+def key_at(path: tuple[str, ...]) -> Key | None:
+    """The key that a path names; None if there is none."""
+    return all_keys().get(".".join(general(path)))
+
+
 def owner_of(path: tuple[str, ...]) -> Key | None:
     """The key that a path names or lies in (`env_args.anything`, `optim.betas.0`); None if there is none."""
     for length in range(len(path), 0, -1):
-        key = all_keys().get(".".join(path[:length]))
+        key = key_at(path[:length])
         if key is not None:
             return key if length == len(path) or key.shape in ("table", "array") else None
     return None
@@ -131,10 +162,13 @@ def owner_of(path: tuple[str, ...]) -> Key | None:
 def suggestion(name: str) -> str:
     """` Did you mean 'loss.teacher_tau'?` for an unknown dotted key, or "". Looks at the whole tree, because keys
     move, and at what other trainers call the same thing."""
-    near = _near(name.replace("-", "_"))
+    path = tuple(name.split("."))
+    known = general(path)
+    own = next((given for given, part in zip(path, known, strict=True) if given != part), ANY)
+    near = [key.replace(f".{ANY}", f".{own}") for key in _near(".".join(known).replace("-", "_"))]
     if near:
         return f" Did you mean {' or '.join(repr(n) for n in near)}?"
-    parents = name.split(".")[:-1]
+    parents = known[:-1]
     for start in range(len(parents)):
         section = ".".join(parents[start:])
         inside = [k for k in all_keys() if k.rpartition(".")[0] == section]
@@ -171,7 +205,7 @@ def help_text() -> str:
     """All keys with type, default and documentation, for `--help`."""
     parts = ["configuration keys, in a TOML file or as a flag (--loss.teacher_tau 0.5):"]
     for key in all_keys().values():
-        if key.shape == "section":
+        if key.shape in ("section", "sections"):
             parts.append(f"\n[{key.name}]  {key.doc}")
             continue
         default = "required" if key.required else f"default: {default_text(key)}"
@@ -184,17 +218,20 @@ def documentation() -> str:
     """The text of docs/configuration.md."""
     lines = [_INTRODUCTION, "", "## Top level", "", *_table_head()]
     for key in all_keys().values():
-        if "." not in key.name and key.shape != "section":
+        if "." not in key.name and key.shape not in ("section", "sections"):
             lines.append(_table_row(key))
     for section in all_keys().values():
-        if section.shape != "section":
+        if section.shape not in ("section", "sections"):
             continue
         optional = " Optional." if section.optional else ""
-        lines += ["", f"## `[{section.name}]`", "", section.doc + optional, "", *_table_head()]
+        lines += ["", f"## `[{section.name}]`", "", section.doc + optional]
+        if section.shape == "sections":
+            continue
+        lines += ["", *_table_head()]
         lines += [
             _table_row(key)
             for key in all_keys().values()
-            if key.name.rpartition(".")[0] == section.name and key.shape != "section"
+            if key.name.rpartition(".")[0] == section.name and key.shape not in ("section", "sections")
         ]
     return "\n".join(lines) + "\n"
 

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from distill.config import RunConfig
 from distill.config_files import ConfigError, find_file, folder, read_file, shipped, shown
-from distill.config_keys import Key, all_keys, help_text, owner_of, suggestion
+from distill.config_keys import Key, help_text, key_at, owner_of, suggestion
 from distill.config_rules import InconsistentConfig, looks_secret
 
 __all__ = [
@@ -209,10 +209,12 @@ def _settings(
         written, known: where `data` lies, as the layer spells it and as we do (`teacher-tau`, `teacher_tau`).
     """
     seen: set[str] = set()
+    parent = key_at(known) if known else None
     for raw, value in data.items():
-        place, name = (*written, raw), raw.replace("-", "_")
+        # A name that the user gives stays as it is, for others to refer to.
+        place, name = (*written, raw), raw if parent and parent.shape == "sections" else raw.replace("-", "_")
         path = (*known, name)
-        key = all_keys().get(".".join(path))
+        key = key_at(path)
         if key is None:
             for unknown in _unknown(value, place):
                 dotted = ".".join(unknown)
@@ -221,7 +223,7 @@ def _settings(
         if name in seen:
             messages.append(f"{origin(place)}: {key.name!r} is set twice, with '-' and with '_'")
         seen.add(name)
-        if key.shape == "section" and isinstance(value, Mapping):
+        if key.shape in ("section", "sections") and isinstance(value, Mapping):
             yield _Setting(path, {}, origin(place))
             yield from _settings(value, origin, messages, written=place, known=path)
         elif key.shape == "table" and isinstance(value, Mapping):
@@ -260,7 +262,7 @@ def _flag_settings(flags: Sequence[str], messages: list[str]) -> list[_Setting]:
         if key is None:
             messages.append(f"--{raw}: unknown key.{suggestion(raw)}")
             continue
-        settings.append(_Setting(path, _flag_value(text, key, inside=key.name != ".".join(path)), f"--{raw}"))
+        settings.append(_Setting(path, _flag_value(text, key, inside=key.name.count(".") + 1 < len(path)), f"--{raw}"))
     return settings
 
 
@@ -327,7 +329,8 @@ def _validate(tree: dict[str, Any], provenance: dict[str, str], messages: list[s
                 _report_problems(cause, bad, provenance, messages)
                 return None
             key = owner_of(tuple(str(part) for part in item["loc"]))
-            name = key.name if key is not None and key.shape == "array" else ".".join(str(p) for p in item["loc"])
+            parts = [str(part) for part in item["loc"] if part != "[key]"]  # pydantic's word for a name in a table
+            name = ".".join(parts[: key.name.count(".") + 1] if key is not None and key.shape == "array" else parts)
             if name not in bad:
                 bad.add(name)
                 messages.append(_explain(name, key, item["type"], item["input"], cause, provenance, item["loc"]))
@@ -415,7 +418,7 @@ def leaves(config: RunConfig) -> list[tuple[str, Any]]:
     def walk(value: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
         for name, item in value.items():
             dotted = prefix + name
-            key = all_keys().get(dotted)
+            key = key_at(tuple(dotted.split(".")))
             if isinstance(item, dict) and item and key is not None:
                 yield from walk(item, f"{dotted}.")
             else:

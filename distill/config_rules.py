@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from distill.config import RunConfig
+    from distill.config import OneTeacherConfig, RunConfig, ServerConfig, StudentConfig
 
 _SECRET = re.compile(
     r"\b(?:sk|pk|rk)-[A-Za-z0-9_-]{16,}|\bhf_[A-Za-z0-9]{20,}|\bgh[opsru]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}"
@@ -41,21 +41,31 @@ class InconsistentConfig(ValueError):
 
 def problems_of(config: RunConfig) -> Iterator[Problem]:
     """What cannot hold together."""
+    problems = list(source_problems(config))
+    if problems:  # what follows reads the sources' teachers
+        yield from problems
+        return
     student, teacher, rollout, loss = config.student, config.teacher, config.rollout, config.loss
-    in_process = teacher.base_url is None and teacher.server is None and not teacher.on_student_server
     asks = config.episodes is None or loss.type == "full"
-    if asks and teacher.model is None and teacher.system_prompt is None and in_process and loss.teacher_tau:
-        yield Problem(
-            ("teacher.model", "teacher.system_prompt", "teacher.base_url"),
-            "not given, so the teacher would be the student itself and teach nothing; name a model, or give "
-            "teacher.system_prompt",
-        )
+    for key, one in teachers_of(config):
+        if asks and one.model is None and not one.sees_more and one.in_process and loss.uses_teacher:
+            yield Problem(
+                (f"{key}.model", f"{key}.system_prompt", f"{key}.base_url", key),
+                "not given, so the teacher would be the student itself and teach nothing; name a model, or give "
+                f"{key}.system_prompt",
+            )
+        for name in one.prompt_fields:
+            if f"{{{name}}}" not in (one.system_prompt or ""):
+                yield Problem(
+                    (f"{key}.prompt_fields", f"{key}.system_prompt"),
+                    f"names {name!r}, but {key}.system_prompt has no {{{name}}} that its value could take the place of",
+                )
     if loss.type == "topk" and teacher.top_k < 1:
         yield Problem(
             ("teacher.top_k", "loss.type"),
             f'is {teacher.top_k}, but loss.type "topk" needs the teacher\'s candidates; try 20',
         )
-    if loss.type == "full" and not in_process:
+    if loss.type == "full" and not teacher.in_process:
         yield Problem(
             ("loss.type", "teacher.base_url"),
             '"full" needs the whole distribution of a teacher in this process, but teacher.base_url, teacher.server or '
@@ -105,7 +115,7 @@ def problems_of(config: RunConfig) -> Iterator[Problem]:
             f"is {loss.adv_tau}, but skip_verification is true: there is no reward to take an advantage from; "
             "set skip_verification = false, or loss.adv_tau = 0",
         )
-    if loss.adv_tau == 0 and loss.teacher_tau == 0:
+    if loss.adv_tau == 0 and not loss.uses_teacher:
         yield Problem(("loss.teacher_tau", "loss.adv_tau"), "and loss.adv_tau are both 0: nothing would be learnt")
     if student.max_context is not None:
         limit = rollout.max_episode_tokens
@@ -130,14 +140,14 @@ def problems_of(config: RunConfig) -> Iterator[Problem]:
             ("optim.warmup_steps", "steps"),
             f"is {config.optim.warmup_steps}, more than the run has steps ({config.steps})",
         )
-    for name, base_url, gpus in (
-        ("student", student.base_url, config.cost.student_gpus),
-        ("teacher", teacher.base_url, config.cost.teacher_gpus),
+    for role, given, gpus in (
+        ("student", student.base_url is not None, config.cost.student_gpus),
+        ("teacher", any(one.base_url for _, one in teachers_of(config)), config.cost.teacher_gpus),
     ):
-        if gpus is not None and base_url is None:
+        if gpus is not None and not given:
             yield Problem(
-                (f"cost.{name}_gpus", f"{name}.base_url"),
-                f"counts the GPUs of given servers, but there is no {name}.base_url; those of the run count themselves",
+                (f"cost.{role}_gpus", f"{role}.base_url"),
+                f"counts the GPUs of given servers, but there is no {role}.base_url; those of the run count themselves",
             )
     if config.checkpoint.keep_best and not config.eval.every:
         yield Problem(
@@ -150,11 +160,8 @@ def problems_of(config: RunConfig) -> Iterator[Problem]:
             f"is {config.checkpoint.keep_every}, no multiple of checkpoint.every ({config.checkpoint.every}): most of "
             "those steps are never saved",
         )
-    for name, base_url, key in (
-        ("student", student.base_url, student.api_key_env),
-        ("teacher", teacher.base_url, teacher.api_key_env),
-    ):
-        if key is not None and base_url is None:
+    for name, section in served_models(config):
+        if section.api_key_env is not None and section.base_url is None:
             yield Problem(
                 (f"{name}.api_key_env", f"{name}.base_url"),
                 f"names a key, but there is no {name}.base_url to send it to",
@@ -169,30 +176,101 @@ def problems_of(config: RunConfig) -> Iterator[Problem]:
             )
 
 
+def teachers_of(config: RunConfig) -> list[tuple[str, OneTeacherConfig]]:
+    """The teachers that are used, each with its table: `teacher`, `teachers.math`."""
+    return [(teacher_key(name), teacher) for name, teacher in config.all_teachers.items()]
+
+
+def teacher_key(name: str) -> str:
+    """The table of a teacher of `RunConfig.all_teachers`."""
+    return f"teachers.{name}" if name else "teacher"
+
+
+def served_models(config: RunConfig) -> list[tuple[str, StudentConfig | OneTeacherConfig]]:
+    """Student and teachers, each with its table."""
+    return [("student", config.student), *teachers_of(config)]
+
+
+OWN_NUMBERS = re.compile(r"p\d+|max|above_5|k[23]|think|call|answer|turn_\d+|dataset_.*")
+"""What stands behind `teacher_kl/` already (docs/metrics.md)."""
+
+
+def source_problems(config: RunConfig) -> Iterator[Problem]:
+    """What is wrong with `[sources]` and `[teachers]` themselves."""
+    sources, teachers = config.sources, config.teachers
+    used = {source.teacher for source in sources.values()}
+    if config.episodes is not None and sources:
+        yield Problem(
+            ("sources", "episodes"), "are played, but a run on stored episodes plays nothing; drop the tables"
+        )
+    for name in teachers:
+        if name not in used:
+            yield Problem(
+                (f"teachers.{name}",), f'is the teacher of no source: no [sources.NAME] has teacher = "{name}"'
+            )
+    if config.loss.type == "full" and teachers:
+        yield Problem(
+            ("loss.type", "teachers"), '"full" takes one teacher, [teacher]; with several, take "topk" or "sampled"'
+        )
+    if config.loss.source_balance and not sources:
+        yield Problem(("loss.source_balance",), "weighs sources against one another, but there is no [sources.NAME]")
+    if not sources:
+        return
+    for name, source in sources.items():
+        if source.teacher is not None and source.teacher not in teachers:
+            there = f"there are {', '.join(teachers)}" if teachers else "there are none"
+            yield Problem(
+                (f"sources.{name}.teacher",),
+                f"is {source.teacher!r}, but there is no [teachers.{source.teacher}]; {there}",
+            )
+        if OWN_NUMBERS.fullmatch(name):
+            yield Problem(
+                (f"sources.{name}",), f"would be the metric teacher_kl/{name}, which is another number already"
+            )
+    if not any(source.share for source in sources.values()):
+        yield Problem((f"sources.{next(iter(sources))}.share", "sources"), "is 0 in all sources: nothing is trained on")
+    for key in ("train", "eval"):
+        if getattr(config.tasks, key) is not None:
+            ours = "tasks" if key == "train" else "eval_tasks"
+            yield Problem((f"tasks.{key}", "sources"), f"is for a run without [sources]; give sources.NAME.{ours}")
+    if None not in used:
+        given = [k for k in ("model", "base_url", "server", "system_prompt", "examples") if getattr(config.teacher, k)]
+        if given or config.teacher.on_student_server:
+            key = f"teacher.{(*given, 'on_student_server')[0]}"
+            yield Problem((key, "sources"), "is about [teacher], which no source has: each names another")
+
+
 def _server_problems(config: RunConfig) -> Iterator[Problem]:
     """Who serves what: one way each, and one that can."""
-    student, teacher = config.student, config.teacher
-    for name, section in (("student", student), ("teacher", teacher)):
+    student = config.student
+    place = {key: config.place_of(teacher) for key, teacher in teachers_of(config)}
+    launched: dict[str, ServerConfig] = {}
+    for name, section in served_models(config):
         if section.base_url is not None and section.server is not None:
             yield Problem(
                 (f"{name}.server", f"{name}.base_url"),
                 f"starts a server, but {name}.base_url names one that is there; keep one of the two",
             )
         server = section.server
-        if server is not None and server.gpus and len(server.gpus) != server.tensor_parallel * server.data_parallel:
+        if server is None:
+            continue
+        if server.gpus and len(server.gpus) != server.tensor_parallel * server.data_parallel:
             yield Problem(
                 (f"{name}.server.gpus", f"{name}.server.tensor_parallel", f"{name}.server.data_parallel"),
                 f"has {len(server.gpus)} GPUs, but tensor_parallel x data_parallel is "
                 f"{server.tensor_parallel * server.data_parallel}",
             )
-        if server is not None and len(set(server.gpus)) != len(server.gpus):
+        if len(set(server.gpus)) != len(server.gpus):
             yield Problem((f"{name}.server.gpus",), f"names a GPU twice: {list(server.gpus)}")
-    if student.server is not None and teacher.server is not None:
-        both = sorted(set(student.server.gpus) & set(teacher.server.gpus))
-        if both:
-            yield Problem(
-                ("teacher.server.gpus", "student.server.gpus"), f"shares GPU {both[0]} with student.server.gpus"
-            )
+        for before, others in launched.items():
+            both = sorted(set(others.gpus) & set(server.gpus))
+            if both and not (before in place and place[before] == place[name]):
+                yield Problem(
+                    (f"{name}.server.gpus", f"{before}.server.gpus"), f"shares GPU {both[0]} with {before}.server.gpus"
+                )
+        launched[name] = server
+    for key, teacher in teachers_of(config):
+        yield from _on_student_server_problems(config, key, teacher)
     on_vllm = student.base_url is not None or student.server is not None
     if student.weight_sync == "nccl" and not on_vllm:
         yield Problem(
@@ -209,23 +287,28 @@ def _server_problems(config: RunConfig) -> Iterator[Problem]:
             f'is "{student.lora.quantization}", but the embedded engine serves whole weights; publish the adapter to a '
             "vLLM server (student.server or student.base_url)",
         )
-    if teacher.on_student_server:
-        if teacher.base_url is not None or teacher.server is not None:
-            yield Problem(
-                ("teacher.on_student_server", "teacher.base_url", "teacher.server"),
-                "takes the student's server, but teacher.base_url or teacher.server names another",
-            )
-        if student.lora is None or not on_vllm:
-            yield Problem(
-                ("teacher.on_student_server", "student.lora", "student.server"),
-                "needs the student as a LoRA adapter (student.lora) on a vLLM server (student.server or "
-                "student.base_url): with full weights the base model would be overwritten",
-            )
-        if teacher.model is not None and teacher.model != student.model:
-            yield Problem(
-                ("teacher.model", "teacher.on_student_server"),
-                f"is {teacher.model!r}, but the base model on the student's server is {student.model!r}",
-            )
+
+
+def _on_student_server_problems(config: RunConfig, key: str, teacher: OneTeacherConfig) -> Iterator[Problem]:
+    if not teacher.on_student_server:
+        return
+    student = config.student
+    if teacher.base_url is not None or teacher.server is not None:
+        yield Problem(
+            (f"{key}.on_student_server", f"{key}.base_url", f"{key}.server"),
+            f"takes the student's server, but {key}.base_url or {key}.server names another",
+        )
+    if student.lora is None or (student.base_url is None and student.server is None):
+        yield Problem(
+            (f"{key}.on_student_server", "student.lora", "student.server"),
+            "needs the student as a LoRA adapter (student.lora) on a vLLM server (student.server or "
+            "student.base_url): with full weights the base model would be overwritten",
+        )
+    if teacher.model is not None and teacher.model != student.model:
+        yield Problem(
+            (f"{key}.model", f"{key}.on_student_server"),
+            f"is {teacher.model!r}, but the base model on the student's server is {student.model!r}",
+        )
 
 
 def notes_of(config: RunConfig) -> Iterator[str]:
@@ -249,9 +332,13 @@ def notes_of(config: RunConfig) -> Iterator[str]:
         yield f"optim.epochs is {config.optim.epochs} with loss.rho {config.loss.rho}: ratios grow with each epoch"
     if config.loss.adv_tau > 0 and rollout.group_size == 1:
         yield "loss.adv_tau is above 0 with rollout.group_size 1: an advantage within a group of one is always 0"
-    own = config.teacher.model == config.student.model or (config.teacher.model is None and not config.teacher.base_url)
-    if config.episodes is None and own and config.teacher.system_prompt is None and config.loss.teacher_tau:
-        yield "teacher.model is the student's own and has no system_prompt: the KL is 0 and nothing is learnt"
+    for key, teacher in teachers_of(config):
+        own = teacher.model == config.student.model or (teacher.model is None and not teacher.base_url)
+        if config.episodes is None and own and not teacher.sees_more and config.loss.uses_teacher:
+            yield f"{key}.model is the student's own and has no system_prompt: the KL is 0 and nothing is learnt"
+    schedule = config.loss.teacher_tau_schedule
+    if schedule is not None and schedule.over > config.steps:
+        yield f"loss.teacher_tau_schedule.over is {schedule.over}: the run ends before, after {config.steps} steps"
     lora, server = config.student.lora, config.student.server
     if (
         lora is not None
@@ -263,8 +350,8 @@ def notes_of(config: RunConfig) -> Iterator[str]:
             f"student.lora.quantization is {lora.quantization}, but the server samples from unquantised weights under "
             'the same adapter; student.server.extra_args = ["--quantization", "bitsandbytes"] makes both the same'
         )
-    for name, urls in (("student", config.student.base_url), ("teacher", config.teacher.base_url)):
-        if any(not url.endswith("/v1") for url in urls or ()):
+    for name, section in served_models(config):
+        if any(not url.endswith("/v1") for url in section.base_url or ()):
             yield f"{name}.base_url does not end in /v1, as vLLM's address does"
 
 

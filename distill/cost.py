@@ -116,14 +116,17 @@ def gpus_of(config: RunConfig, *, machine_has_gpu: bool, trainer_gpus: int) -> d
         trainer_gpus: over all ranks; 0 on a CPU, whose seconds are not a GPU's.
     """
     gpus: dict[str, int | None] = {"trainer": trainer_gpus or None}
-    for role, section, told in (
-        ("student", config.student, config.cost.student_gpus),
-        ("teacher", config.teacher, config.cost.teacher_gpus),
-    ):
-        if section.base_url is not None:
-            gpus[role] = told
-        elif section.server is not None:
-            gpus[role] = _launched(section.server) if machine_has_gpu else None
+    student, teachers = config.student, config.places_of_teachers.values()
+    if student.base_url is not None:
+        gpus["student"] = config.cost.student_gpus
+    elif student.server is not None:
+        gpus["student"] = _launched(student.server) if machine_has_gpu else None
+    given = [teacher for teacher in teachers if teacher.base_url is not None]
+    started = [_launched(teacher.server) for teacher in teachers if teacher.server is not None]
+    if given or started:  # `cost.teacher_gpus` counts those of all given servers
+        parts = [config.cost.teacher_gpus] * bool(given) + [sum(started) if machine_has_gpu else None] * bool(started)
+        known = [part for part in parts if part is not None]
+        gpus["teacher"] = sum(known) if len(known) == len(parts) else None
     return gpus
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -20,7 +20,7 @@ from distill.serving.vllm import Machine, check_installed, launches
 from distill.student import Student
 
 PROMPT_GLUE = 64
-"""Tokens that a system message may add around its text."""
+"""Tokens by which the template's frame around a longer prompt may differ between tasks."""
 
 
 class EndpointError(Exception):
@@ -80,39 +80,42 @@ class Place:
         )
         return Endpoint(transport=AsgiTransport(engine.app), model="student", path=path, engine=engine)
 
-    def teacher(self, path: str | Path, renderer: Renderer, student: Endpoint) -> Endpoint:
-        """Where the teacher scores.
+    def teacher(self, name: str, path: str | Path, student: Endpoint, *, extra_tokens: int = 0) -> Endpoint:
+        """Where a teacher scores.
+
+        Args:
+            name: of `[teachers.NAME]`, or "" for `[teacher]`.
+            extra_tokens: that it reads in front of an episode, more than the student.
 
         Raises:
             EndpointError: the environment variable of its key is not set.
         """
-        config = self.config.teacher
+        config = self.config.all_teachers[name]
+        role = role_of(name)
         if config.on_student_server:
             return Endpoint(transport=student.transport, model=student.model, path=path, fleet=student.fleet)
         if config.base_url is not None:
             fleet = Fleet.given(
-                "teacher", config.base_url, api_key(config.api_key_env), max_outage_s=self.config.max_outage_s
+                role, config.base_url, api_key(config.api_key_env), max_outage_s=self.config.max_outage_s
             )
-            return Endpoint(transport=fleet, model=self.config.teacher_model, path=path, fleet=fleet)
+            return Endpoint(transport=fleet, model=config.model or self.config.student.model, path=path, fleet=fleet)
         if config.server is not None:
-            room = config.server.max_context or self._longest_scored(renderer)
-            return self._launched("teacher", path, config.server, room)
+            room = config.server.max_context or self._longest_scored(extra_tokens)
+            return self._launched(role, path, config.server, room)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = config.dtype if config.dtype != "auto" else ("bfloat16" if device == "cuda" else "float32")
         engine = EmbeddedEngine.from_pretrained(
-            path, name="teacher", dtype=dtype, device=device, max_logprobs=max(20, config.top_k)
+            path, name=role, dtype=dtype, device=device, max_logprobs=max(20, self.config.teacher.top_k)
         )
-        return Endpoint(transport=AsgiTransport(engine.app), model="teacher", path=path, engine=engine)
+        return Endpoint(transport=AsgiTransport(engine.app), model=role, path=path, engine=engine)
 
-    def _launched(
-        self, role: Literal["student", "teacher"], path: str | Path, server: ServerConfig, room: int | None
-    ) -> Endpoint:
+    def _launched(self, role: str, path: str | Path, server: ServerConfig, room: int | None) -> Endpoint:
         check_installed(server)
         student, lora = self.config.student, self.config.student.lora
-        copies = {
-            name: table.data_parallel if table is not None else 0
-            for name, table in (("student", student.server), ("teacher", self.config.teacher.server))
-        }
+        copies = {"student": student.server.data_parallel if student.server is not None else 0}
+        for name, teacher in self.config.places_of_teachers.items():
+            copies[role_of(name)] = teacher.server.data_parallel if teacher.server is not None else 0
+        before = itertools.takewhile(lambda item: item[0] != role, copies.items())
         is_student = role == "student"
         top_k = self.config.teacher.top_k
         fleet = Fleet.launched(
@@ -123,7 +126,7 @@ class Place:
                 server,
                 log_dir=self.folder / "logs",
                 machine=Machine.this(),
-                first_share=0 if is_student else copies["student"],
+                first_share=sum(count for _, count in before),
                 num_shares=sum(copies.values()),
                 max_model_len=room,
                 max_logprobs=top_k + 1,  # given candidates, and the sampled token in the same row
@@ -138,13 +141,15 @@ class Place:
         )
         return Endpoint(transport=fleet, model=role, path=path, fleet=fleet)
 
-    def _longest_scored(self, renderer: Renderer) -> int | None:
+    def _longest_scored(self, extra_tokens: int) -> int | None:
         """Tokens of the longest scoring request, the one token that it has to sample included; None: not bounded."""
         longest = self.config.rollout.max_episode_tokens or self.config.student.max_context
-        if longest is None:
-            return None
-        prompt = self.config.teacher.system_prompt or ""
-        return longest + len(renderer.tokenizer.encode(prompt, add_special_tokens=False)) + PROMPT_GLUE + 1
+        return None if longest is None else longest + extra_tokens + PROMPT_GLUE + 1
+
+
+def role_of(name: str) -> str:
+    """What a teacher's servers, their logs and its metrics are called."""
+    return f"teacher_{name}" if name else "teacher"
 
 
 def publisher_for(config: RunConfig, endpoint: Endpoint, folder: Path, canary: Sequence[int]) -> Publisher:

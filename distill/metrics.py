@@ -72,7 +72,7 @@ def rollout_metrics(episodes: Sequence[Episode]) -> Metrics:
 
 
 def reward_metrics(episodes: Sequence[Episode]) -> Metrics:
-    """Tracked rewards by name; nothing where verification was skipped."""
+    """Tracked rewards by name, of several sources also by source; nothing where verification was skipped."""
     names = sorted({name for e in episodes for name in e.rewards})
     metrics: Metrics = {
         f"reward/{name}": mean([e.rewards[name] for e in episodes if name in e.rewards]) for name in names
@@ -80,4 +80,20 @@ def reward_metrics(episodes: Sequence[Episode]) -> Metrics:
     if any(e.reward is not None for e in episodes):
         # An episode that failed did not succeed: it counts in the denominator.
         metrics["reward"] = sum(e.reward or 0.0 for e in episodes) / len(episodes)
+    groups: dict[str, list[float]] = {}
+    for e in episodes:
+        if e.reward is not None:
+            groups.setdefault(e.task.id, []).append(e.reward)
+    mixed = [len(set(rewards)) > 1 for rewards in groups.values() if len(rewards) > 1]
+    if mixed:
+        metrics["reward/mixed_groups"] = mean(mixed)
+    sources = sorted({e.task.source for e in episodes})
+    if len(sources) > 1:
+        for source in sources:
+            of_source = reward_metrics([e for e in episodes if e.task.source == source])
+            metrics |= {
+                f"reward/{source}/{name.removeprefix('reward/')}": value
+                for name, value in of_source.items()
+                if name != "reward"
+            }
     return metrics

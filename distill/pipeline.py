@@ -22,7 +22,7 @@ from distill.build import Parts
 from distill.metrics import Metrics
 from distill.rundir import RunDir
 from distill.step import ScoredStep, collect, jobs_for, read_back
-from distill.tasks import TaskSource
+from distill.tasks import TaskMixture
 from envs.types import Task
 
 
@@ -53,7 +53,7 @@ class Pipeline:
         self,
         parts: Parts,
         run: RunDir,
-        source: TaskSource[Task],
+        source: TaskMixture,
         *,
         version: int,
         pending: Collection[int] = (),
@@ -138,12 +138,12 @@ class Pipeline:
     def _begin(self, step: int) -> None:
         rollout = self._parts.config.rollout
         tasks = self._source.take(rollout.batch_size)
-        cursor, epoch = self._source.cursor, self._source.epoch
+        cursor, epochs = self._source.cursor, self._source.epochs()
 
         async def make() -> ScoredStep:
             scored = self._read_back(step, tasks) or await self._collect(step, tasks)
             scored.cursor = cursor
-            scored.metrics["epoch"] = epoch
+            scored.metrics |= epochs
             return scored
 
         task = asyncio.ensure_future(make())

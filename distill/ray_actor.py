@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from agent_loop.rollout import Stage
+    from distill.environment import Stages
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -30,15 +30,15 @@ class EpisodeWorker:
 
     def __init__(self, setup: str) -> None:
         self._setup: dict[str, Any] = json.loads(setup)
-        self._stages: dict[str, Stage] = {}
+        self._stages: dict[str, Stages] = {}
         """By policy: environments live as long as one call of `RayWorkers.play`."""
         self._away_s: dict[str, float] = {}
 
     async def ready(self) -> str:
-        """Load the tokenizer and make the environment once.
+        """Load the tokenizer and make each source's environment once.
 
         Returns:
-            JSON: `fingerprint` of the renderer, `env_id`, `pid`; or the `problem`, in words.
+            JSON: `fingerprint` of the renderer, `env_ids` by source, `pid`; or the `problem`, in words.
         """
         try:
             return json.dumps(self._prepare())
@@ -71,8 +71,8 @@ class EpisodeWorker:
         )
         actor = TokenActor(self._renderer, GatewayPolicy(self._transport, name), Sampling(**asked["sampling"]))
         try:
-            stage = self._stage(name, verify=asked["verify"], step=asked["limits_of"])
-            episode = await stage.play(played, actor, away_s=lambda: self._away_s[name])
+            stages = self._stages_of(name, verify=asked["verify"], step=asked["limits_of"])
+            episode = await stages.play(played, actor, away_s=lambda: self._away_s[name])
             return json.dumps({"episode": episode_to_json(episode)}, allow_nan=False, separators=(",", ":"))
         except Exception as error:
             return json.dumps({"problem": f"episode {played.id!r}: {self._words(error)}"})
@@ -87,14 +87,14 @@ class EpisodeWorker:
 
     async def done(self, policy: str) -> None:
         """Nothing more is played with this policy: close its environments."""
-        stage = self._stages.pop(policy, None)
-        if stage is not None:
-            await stage.aclose()
+        stages = self._stages.pop(policy, None)
+        if stages is not None:
+            await stages.aclose()
 
     async def aclose(self) -> None:
         """Close all environments that play nothing."""
-        for stage in self._stages.values():
-            await stage.aclose()
+        for stages in self._stages.values():
+            await stages.aclose()
         await self._transport.aclose()
 
     def _prepare(self) -> dict[str, Any]:
@@ -111,15 +111,15 @@ class EpisodeWorker:
         self._config = RunConfig.model_validate_json(json.dumps(self._setup["config"]))
         self._renderer = load_renderer(self._setup["model"], enable_thinking=self._config.student.enable_thinking)
         self._transport = connect(**self._setup["gateway"])
-        env = make_env(self._config, verify=not self._config.skip_verification)
-        return {"fingerprint": self._renderer.fingerprint, "env_id": env.env_id, "pid": os.getpid()}
+        verify = not self._config.skip_verification
+        env_ids = {name: make_env(self._config, name, verify=verify).env_id for name in self._config.all_sources}
+        return {"fingerprint": self._renderer.fingerprint, "env_ids": env_ids, "pid": os.getpid()}
 
-    def _stage(self, policy: str, *, verify: bool, step: int | None) -> Stage:
-        from agent_loop.rollout import Stage
-        from distill.environment import make_env
+    def _stages_of(self, policy: str, *, verify: bool, step: int | None) -> Stages:
+        from distill.environment import Stages
 
         if policy not in self._stages:
-            self._stages[policy] = Stage(lambda: make_env(self._config, verify=verify, step=step))
+            self._stages[policy] = Stages(self._config, verify=verify, step=step)
         return self._stages[policy]
 
     def _words(self, error: Exception) -> str:

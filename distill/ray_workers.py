@@ -59,7 +59,8 @@ class _Worker:
     actor: Any
     """Ray's handle."""
     pid: int
-    env_id: str
+    env_ids: dict[str, str]
+    """By source."""
     playing: int = 0
 
 
@@ -279,11 +280,12 @@ class RayWorkers:
             problem = f"its tokenizer {self._model} is not the run's: the files, or versions of packages, differ"
         if problem is not None:
             self._ray.kill(actor)
+            envs = ", ".join(dict.fromkeys(repr(source.env) for source in self._config.all_sources.values()))
             raise WorkersError(
-                f"a worker cannot play {self._config.env!r}: {problem}. A machine of workers needs this project, the "
+                f"a worker cannot play {envs}: {problem}. A machine of workers needs this project, the "
                 "environment's folder or plug-in, its data and the tokenizer's folder under the same paths"
             )
-        return _Worker(actor, answer["pid"], answer["env_id"])
+        return _Worker(actor, answer["pid"], answer["env_ids"])
 
     def _lose(self, worker: _Worker, why: str) -> None:
         """Take a worker out, once, and see to another one."""
@@ -329,7 +331,7 @@ def _failed(job: EpisodeJob, worker: _Worker, kind: str, message: str, total_s: 
     """The record of an episode that no worker could end."""
     return Episode(
         id=job.id,
-        env_id=worker.env_id,
+        env_id=worker.env_ids[job.task.source],
         task=job.task,
         turns=[],
         traces=[],

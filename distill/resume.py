@@ -8,12 +8,16 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distill.config import RunConfig
+from distill.config_keys import general
 from distill.config_load import Change, ConfigError, LoadedConfig, leaves, load_config
 from envs.dataset import task_to_row
-from envs.types import Task
+from envs.types import Message, Task
+
+if TYPE_CHECKING:
+    from distill.sources import Source
 
 FREE_KEYS = (
     "steps",
@@ -40,6 +44,11 @@ FREE_KEYS = (
     "teacher.timeout_s",
     "teacher.max_tokens_in_flight",
     "teacher.max_dropped_fraction",
+    "teachers.NAME.base_url",
+    "teachers.NAME.server",
+    "teachers.NAME.api_key_env",
+    "teachers.NAME.timeout_s",
+    "teachers.NAME.max_tokens_in_flight",
     "optim.micro_batch_tokens",
 )
 """Keys and tables that a resumed run may change: they say where and how fast it runs, when it stops, what it saves and
@@ -102,7 +111,8 @@ def changes_between(old: RunConfig, new: RunConfig) -> list[Change]:
 
 
 def _covered(key: str, by: Iterable[str]) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in by)
+    spellings = {key, ".".join(general(tuple(key.split("."))))}
+    return any(spelt == name or spelt.startswith(f"{name}.") for name in by for spelt in spellings)
 
 
 # The tasks
@@ -113,7 +123,8 @@ class TaskSet:
     """What the tasks of one split are, so that another attempt can tell whether they still are."""
 
     key: str
-    """Of the configuration: `tasks.train`, `tasks.eval` or `episodes`."""
+    """Of the configuration: `tasks.train`, `tasks.eval`, `sources.NAME.tasks`, `sources.NAME.eval_tasks`, `episodes`,
+    `teacher.examples` ..."""
     source: str
     """The file, or the environment whose own tasks they are."""
     num_tasks: int
@@ -146,26 +157,47 @@ class TaskSet:
         return (self.size, self.mtime_ns) != stat_of(Path(self.source))
 
 
-def task_sets(config: RunConfig, train: Sequence[Task], held_out: Sequence[Task]) -> list[TaskSet]:
-    """The identity of both splits."""
+def task_sets(source: Source) -> list[TaskSet]:
+    """The identity of both splits of a source."""
+    keys = (f"sources.{source.name}.tasks", f"sources.{source.name}.eval_tasks") if source.name else TASK_KEYS
+    env = source.config.env or ""
     return [
-        _task_set("tasks.train", config.tasks.train, Path(config.env) / "train.jsonl", config.env, train),
-        _task_set("tasks.eval", config.tasks.eval, Path(config.env) / "eval.jsonl", config.env, held_out),
+        _task_set(keys[0], source.config.tasks, Path(env) / "train.jsonl", env, source.train_tasks),
+        _task_set(keys[1], source.config.eval_tasks, Path(env) / "eval.jsonl", env, source.eval_tasks),
     ]
+
+
+def examples_set(key: str, file: str, messages: Sequence[Message]) -> TaskSet:
+    """The identity of what a teacher is shown.
+
+    Args:
+        key: of the configuration: `teacher.examples`, `teachers.NAME.examples`.
+    """
+    hashes = [hashlib.sha256(json.dumps(message, sort_keys=True).encode()).digest() for message in messages]
+    return _set_of(key, str(Path(file).resolve()), hashes, Path(file), noun="messages")
+
+
+TASK_KEYS = ("tasks.train", "tasks.eval")
+"""Of a run without `[sources]`."""
 
 
 def _task_set(key: str, file: str | None, own_file: Path, env: str, tasks: Sequence[Task]) -> TaskSet:
     path = Path(file) if file is not None else own_file if own_file.is_file() else None
     hashes = [hashlib.sha256(json.dumps(task_to_row(task), sort_keys=True).encode()).digest() for task in tasks]
+    return _set_of(key, f"environment {env!r}" if path is None else str(path.resolve()), hashes, path, noun="tasks")
+
+
+def _set_of(key: str, source: str, hashes: Sequence[bytes], path: Path | None, *, noun: str) -> TaskSet:
     size, mtime_ns = (None, None) if path is None else stat_of(path)
     return TaskSet(
         key=key,
-        source=f"environment {env!r}" if path is None else str(path.resolve()),
-        num_tasks=len(tasks),
+        source=source,
+        num_tasks=len(hashes),
         sha256=hashlib.sha256(b"".join(hashes)).hexdigest(),
         sha256_sorted=hashlib.sha256(b"".join(sorted(hashes))).hexdigest(),
         size=size,
         mtime_ns=mtime_ns,
+        noun=noun,
     )
 
 

@@ -33,9 +33,9 @@ async def train(parts: Parts, run: RunDir, console: Console, checkpoint: Checkpo
     from distill.cost import StepClock
     from distill.pipeline import Pipeline
     from distill.serving.fleet import ServerLost
+    from distill.sources import mixture
     from distill.stopping import StopFlag
     from distill.student import OutOfMemory
-    from distill.tasks import TaskSource
     from distill.watch import AlarmStop
 
     config = parts.config
@@ -44,8 +44,8 @@ async def train(parts: Parts, run: RunDir, console: Console, checkpoint: Checkpo
     await parts.start(console)
     await preflight(parts, console, version=first)
     stop = StopFlag(parts)
-    source = TaskSource(parts.train_tasks, seed=config.seed, cursor=cursor)
-    pipeline = Pipeline(parts, run, source, version=first, pending=pending, say=console.say)
+    tasks = mixture(parts.sources, seed=config.seed, cursor=cursor)
+    pipeline = Pipeline(parts, run, tasks, version=first, pending=pending, say=console.say)
     clock = StepClock(parts.activity, parts.gpus())
     episodes = config.rollout.batch_size * config.rollout.group_size
     try:
@@ -168,9 +168,10 @@ async def preflight(parts: Parts, console: Console, *, version: int) -> None:
     if errors:
         raise CheckFailed(errors)
     console.say(f"checks: {sum(f.level == 'ok' for f in findings)} ok, {len(findings) - len(errors)} run")
-    scorer = await parts.teacher.probe()
-    if parts.teacher_endpoint.fleet is not None:
-        console.say(f"teacher scores by: {scorer}")
+    for teacher in parts.teachers.values():
+        scorer = await teacher.scorer.probe()
+        if teacher.endpoint.fleet is not None:
+            console.say(f"{teacher.key} scores by: {scorer}")
     await parts.forget()
 
 
@@ -179,18 +180,17 @@ async def evaluate_and_record(parts: Parts, run: RunDir, console: Console, *, st
     from distill.rundir import evaluations
     from distill.step import evaluate
 
-    if not parts.eval_tasks:
+    settings = parts.config.eval
+    total = sum(min(len(source.eval_tasks), settings.num_tasks) for source in parts.sources.values())
+    if not total:
         return
-    endpoints = [("student", parts.student_endpoint)]
-    if step == 0 and parts.config.eval.teacher:
-        endpoints.insert(0, ("teacher", parts.teacher_endpoint))
+    names = ["teacher", "student"] if step == 0 and settings.teacher else ["student"]
     recorded = {(line["name"], line["step"]) for line in evaluations(run.path)}
-    for name, endpoint in endpoints:
+    for name in names:
         if (name, step) in recorded:  # by an earlier attempt
             continue
-        total = min(len(parts.eval_tasks), parts.config.eval.num_tasks) * parts.config.eval.group_size
-        with console.phase(f"evaluating the {name} on held-out tasks", total) as phase:
-            played = evaluate(parts, run, endpoint, name=name, step=step, on_episode=phase.advance)
+        with console.phase(f"evaluating the {name} on held-out tasks", total * settings.group_size) as phase:
+            played = evaluate(parts, run, by_teachers=name == "teacher", name=name, step=step, on_episode=phase.advance)
             count, metrics = await parts.while_served(played)
         run.append_metrics({"name": name, "step": step, "episodes": count, "metrics": metrics}, file="evals.jsonl")
         success = metrics.get("reward/success")

@@ -195,6 +195,7 @@ def _open(arguments: argparse.Namespace, console: Console) -> tuple[CachedTeache
     from distill import models
     from distill.endpoints import api_key
     from distill.score_cache import CachedTeacher, ScoreCache
+    from distill.teacher_context import TeacherContext
 
     base_url, embedded = _address(arguments.base_url), arguments.base_url is None
     try:
@@ -221,6 +222,9 @@ def _open(arguments: argparse.Namespace, console: Console) -> tuple[CachedTeache
             raise ConfigError(["--system-prompt needs --tokenizer: the prompt is rendered here"])
         renderer = load_renderer(tokenizer)
         tools = list(_tools_of(arguments.env))
+    context = (
+        None if renderer is None else TeacherContext(renderer=renderer, tool_specs=tools, system_prompt=system_prompt)
+    )
     key = api_key(arguments.api_key_env)
     dtype, device = _placed()
     identity: dict[str, Any] = {"teacher": str(path), "base_url": base_url, "top_k": arguments.top_k}
@@ -251,9 +255,7 @@ def _open(arguments: argparse.Namespace, console: Console) -> tuple[CachedTeache
             transport,
             name,
             top_k=arguments.top_k,
-            renderer=renderer,
-            system_prompt=system_prompt,
-            tool_specs=tools,
+            context_of=lambda _task: context,
         )
         stack.push_async_callback(teacher.aclose)
         return teacher

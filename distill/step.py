@@ -12,13 +12,15 @@ from pathlib import Path
 from agent_loop.conversation import Sampling, TokenActor
 from agent_loop.episodes import BadLine, EpisodeWriter, read_episodes
 from agent_loop.policy import VllmPolicy
-from agent_loop.rollout import EpisodeJob, run_episodes
+from agent_loop.rollout import EpisodeJob, play_all
 from agent_loop.types import Episode, EpisodeError
 from distill.build import Parts
 from distill.config import RunConfig
 from distill.endpoints import Endpoint
+from distill.environment import Stages
 from distill.metrics import Metrics, mean, rollout_metrics
 from distill.rundir import RunDir, eval_kind
+from distill.sources import Source
 from distill.types import TeacherError
 from envs.types import StopReason, Task
 
@@ -90,7 +92,7 @@ async def collect(
             began = time.monotonic()
             try:
                 with parts.activity.teacher:
-                    scores = await parts.teacher.score(episode, on_sent=sent)
+                    scores = await parts.teacher_of(episode.task).scorer.score(episode, on_sent=sent)
             except TeacherError as error:
                 episode.error = EpisodeError(boundary="teacher", kind=error.kind, message=str(error)[:2000])
             else:
@@ -204,15 +206,15 @@ async def play(
             on_episode=on_episode,
             away_s=endpoint.away_s,
         )
-    return await run_episodes(
-        jobs,
-        make_env=lambda: parts.make_env(verify=verify, step=step),
-        make_actor=lambda: TokenActor(parts.renderer, policy, sampling),
-        max_concurrent=max_concurrent,
-        slots=parts.slots,
-        on_episode=on_episode,
-        away_s=endpoint.away_s,
-    )
+    stages = Stages(parts.config, verify=verify, step=step)
+
+    async def play_one(job: EpisodeJob) -> Episode:
+        return await stages.play(job, TokenActor(parts.renderer, policy, sampling), away_s=endpoint.away_s)
+
+    try:
+        return await play_all(jobs, play_one, max_concurrent=max_concurrent, slots=parts.slots, on_episode=on_episode)
+    finally:
+        await stages.aclose()
 
 
 def sampling_of(parts: Parts) -> Sampling:
@@ -244,21 +246,37 @@ def refuse_if_starved(
 
 
 async def evaluate(
-    parts: Parts, run: RunDir, endpoint: Endpoint, *, name: str, step: int, on_episode: Callable[[], None]
+    parts: Parts, run: RunDir, *, by_teachers: bool, name: str, step: int, on_episode: Callable[[], None]
 ) -> tuple[int, Metrics]:
-    """Play the held-out tasks with a served model; graders are on, nothing is trained.
+    """Play the held-out tasks; graders are on, nothing is trained.
+
+    Args:
+        by_teachers: each source's tasks are played by its teacher, which sees what the student sees. Else the student
+            plays them.
 
     Returns:
         The number of episodes, and their metrics.
     """
     config = parts.config
-    tasks = parts.eval_tasks[: config.eval.num_tasks]
-    jobs = jobs_for(tasks, group_size=config.eval.group_size, step=step, seed=config.seed + 1_000_003)
-    is_student = endpoint is parts.student_endpoint
-    policy = parts.policy if is_student else VllmPolicy(endpoint.transport, endpoint.model)
-    episodes = await play(parts, jobs, policy, endpoint, verify=True, on_episode=lambda _: on_episode())
+    episodes: list[Episode] = []
+    for endpoint, sources in players_of(parts, by_teachers=by_teachers):
+        tasks = [task for source in sources for task in source.eval_tasks[: config.eval.num_tasks]]
+        jobs = jobs_for(tasks, group_size=config.eval.group_size, step=step, seed=config.seed + 1_000_003)
+        policy = VllmPolicy(endpoint.transport, endpoint.model) if by_teachers else parts.policy
+        episodes += await play(parts, jobs, policy, endpoint, verify=True, on_episode=lambda _: on_episode())
     writer = EpisodeWriter(run.episodes_file(step, kind=eval_kind(name)))
     for episode in episodes:
         writer.append(episode)
     writer.close()
     return len(episodes), rollout_metrics(episodes)
+
+
+def players_of(parts: Parts, *, by_teachers: bool) -> list[tuple[Endpoint, list[Source]]]:
+    """Who plays the held-out tasks of which sources."""
+    if not by_teachers:
+        return [(parts.student_endpoint, list(parts.sources.values()))]
+    served: dict[int, tuple[Endpoint, list[Source]]] = {}
+    for source in parts.sources.values():
+        endpoint = parts.teachers[source.teacher].endpoint
+        served.setdefault(id(endpoint), (endpoint, []))[1].append(source)
+    return list(served.values())

@@ -14,14 +14,14 @@ from torch import nn
 
 from agent_loop.types import Episode
 from distill.batch import TrainItem, collate, group_advantages, items_of
-from distill.config import RunConfig
+from distill.config import LossConfig, RunConfig
 from distill.loss import SupervisedLoss
 from distill.metrics import Metrics
 from distill.optim import Optimizer
 from distill.ranks import Ranks
 from distill.rows import Objective, RowModel
 from distill.student_model import dtype_of, nf4, refuse_adapted_ties, switch_off_dropout, with_lora
-from distill.train_metrics import StepRows
+from distill.train_metrics import StepRows, token_shares
 from distill.types import Batch, Inputs
 
 if TYPE_CHECKING:
@@ -176,12 +176,16 @@ class Student:
 
     def _train_step(self, episodes: Sequence[Episode], step: int) -> Metrics:
         began = time.monotonic()
-        advantages = group_advantages(episodes, self.loss.adv_norm) if self.loss.adv_tau else None
-        items = items_of(episodes, advantages, turn_balance=self.loss.turn_balance)
+        loss = self.loss.at(step)
+        advantages = group_advantages(episodes, loss.adv_norm) if loss.adv_tau else None
+        shares = {name: source.share for name, source in self.config.all_sources.items()}
+        items = items_of(
+            episodes, advantages, turn_balance=loss.turn_balance, source_balance=loss.source_balance, shares=shares
+        )
         num_trained = sum(item.trace.num_trained for item in items)
         if not num_trained:
             raise NumericError(f"step {step}: no trained token in {_names([e.id for e in episodes])}")
-        updates = [self._update(items, num_trained, episodes, step) for _ in range(self.config.optim.epochs)]
+        updates = [self._update(items, num_trained, loss, episodes, step) for _ in range(self.config.optim.epochs)]
         if not self.ranks.leads:
             return {}
         rows, metrics = updates[0]
@@ -192,6 +196,8 @@ class Student:
             rows.reduce(episodes)
             | metrics
             | {
+                **({"loss/teacher_tau": loss.teacher_tau} if self.loss.teacher_tau_schedule is not None else {}),
+                **token_shares(items),
                 "train/tokens": num_trained,
                 "train/episodes": len({item.episode_index for item in items}),
                 "tokens_per_s/train": num_trained / max(time.monotonic() - began, 1e-9),
@@ -199,18 +205,19 @@ class Student:
         )
 
     def _update(
-        self, items: Sequence[TrainItem], num_trained: int, episodes: Sequence[Episode], step: int
+        self, items: Sequence[TrainItem], num_trained: int, loss: LossConfig, episodes: Sequence[Episode], step: int
     ) -> tuple[StepRows, Metrics]:
         """One forward and backward over everything, and one step of the optimiser; the rows are those of before it."""
         rows = StepRows()
-        loss = 0.0
+        objective = Objective(loss, num_trained, self._teacher, self.config.rollout.temperature)
+        value = 0.0
         self._causal_lm.train()
         self.optimizer.zero_grad()
         try:
             packed = self.ranks.agree(self.padded_because) is None
             for group, counts in self.ranks.share(items, self.config.optim.micro_batch_tokens, packed=packed):
                 batch = collate(group, packed=packed, scored=not self.is_supervised)
-                loss += self._accumulate(batch, counts, num_trained, rows, episodes, step)
+                value += self._accumulate(batch, counts, objective, rows, episodes, step)
             grad_norm = self.optimizer.clip()
             if not grad_norm < float("inf"):
                 names = self.optimizer.non_finite()
@@ -219,7 +226,7 @@ class Student:
                     f"{_names([e.id for e in episodes])}. The weights are unchanged."
                 )
             if not self._has_stepped:
-                self._refuse_no_op(rows, grad_norm, step)
+                self._refuse_no_op(rows, grad_norm, loss, step)
         except torch.OutOfMemoryError as error:
             self.optimizer.zero_grad()
             raise OutOfMemory(self._what_to_set(max(item.num_inputs for item in items), step)) from error
@@ -232,15 +239,13 @@ class Student:
         lr = self.optimizer.step(step)
         self._has_stepped = True
         rows.gather(self.ranks)
-        return rows, {"loss": self.ranks.total(loss), "grad_norm": grad_norm, "lr": lr}
+        return rows, {"loss": self.ranks.total(value), "grad_norm": grad_norm, "lr": lr}
 
     def _accumulate(
-        self, batch: Batch, counts: bool, num_trained: int, rows: StepRows, episodes: Sequence[Episode], step: int
+        self, batch: Batch, counts: bool, objective: Objective, rows: StepRows, episodes: Sequence[Episode], step: int
     ) -> float:
         """Add one micro-batch to the gradients; returns its part of the loss. One that does not count adds zeros."""
-        loss, metrics_N = self.rows(
-            batch, Objective(self.loss, num_trained, self._teacher, self.config.rollout.temperature)
-        )
+        loss, metrics_N = self.rows(batch, objective)
         if not counts:
             loss = loss * 0.0
         rows.add(batch, metrics_N, counts=counts)
@@ -279,10 +284,10 @@ class Student:
             f"dropped whole, the weights are unchanged. What helps: {'; '.join(ways)}."
         )
 
-    def _refuse_no_op(self, rows: StepRows, grad_norm: float, step: int) -> None:
+    def _refuse_no_op(self, rows: StepRows, grad_norm: float, loss: LossConfig, step: int) -> None:
         """A run in which the teacher's signal never reaches the weights looks healthy for hours; say so at once."""
         largest = self.ranks.largest(rows.largest_signal())
-        if grad_norm == 0 and largest > 0 and self.loss.teacher_tau:
+        if grad_norm == 0 and largest > 0 and loss.teacher_tau:
             who = "student and demonstrations" if self.is_supervised else "student and teacher"
             raise NumericError(
                 f"step {step}: {who} differ by up to {largest:.3g} nats on trained tokens, and yet the "

@@ -13,14 +13,13 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Literal
 
-from agent_loop.renderer import Renderer
 from agent_loop.scorers import Scorer, choose_scorer
 from agent_loop.scoring import PromptScores, ScoringError
 from agent_loop.transport import Transport
 from agent_loop.types import Episode, TokenTrace, TopK
+from distill.teacher_context import TeacherContext
 from distill.types import TeacherError, TeacherScore
-from envs.types import Message, Task
-from tools.types import ToolSpec
+from envs.types import Task
 
 
 class TokenBudget:
@@ -71,6 +70,11 @@ class _Waiting:
     turn: asyncio.Future[None]
 
 
+def no_context(_task: Task) -> TeacherContext | None:
+    """The `context_of` of a teacher that sees what the student sees."""
+    return None
+
+
 class HttpTeacher:
     """A `TeacherScorer` over HTTP.
 
@@ -80,10 +84,7 @@ class HttpTeacher:
         top_k: candidates a position, for the `topk` loss; 0 is the sampled token alone.
         candidates: whose they are: the teacher's likeliest, or the student's at sampling, which the trace brings along.
         max_tokens_in_flight: over all requests at once; long prompts cost the server memory.
-        renderer: only needed with `system_prompt`.
-        system_prompt: privileged context that the student never sees, put before the task's own system message
-            (context distillation, as in SDFT, arXiv:2601.19897).
-        tool_specs: the environment's tools, in the order in which prompts name them; only needed with `system_prompt`.
+        context_of: what it sees in front of a task and the student does not; None: nothing.
     """
 
     def __init__(
@@ -95,12 +96,8 @@ class HttpTeacher:
         candidates: Literal["teacher", "student"] = "teacher",
         max_tokens_in_flight: int = 131_072,
         timeout_s: float = 600.0,
-        renderer: Renderer | None = None,
-        system_prompt: str | None = None,
-        tool_specs: Sequence[ToolSpec] = (),
+        context_of: Callable[[Task], TeacherContext | None] = no_context,
     ) -> None:
-        if system_prompt is not None and renderer is None:
-            raise ValueError("HttpTeacher: a system_prompt needs the renderer that made the student's prompt")
         self._transport = transport
         self._model = model
         self._top_k = top_k
@@ -108,9 +105,7 @@ class HttpTeacher:
         self._asking: asyncio.Future[Scorer] | None = None
         self._budget = TokenBudget(max_tokens_in_flight)
         self._timeout_s = timeout_s
-        self._renderer = renderer
-        self._system_prompt = system_prompt
-        self._tool_specs = tuple(tool_specs)
+        self._context_of = context_of
 
     async def probe(self) -> str:
         """Find out how the server is best asked, once; the first score does it where nobody has. Returns its name.
@@ -155,7 +150,8 @@ class HttpTeacher:
         if not any(trace.loss_mask):
             return TeacherScore(logprobs=[None] * len(trace))
         scorer = await self._ask_by()
-        context, skipped = self._context(episode.task, trace)
+        privileged = self._context_of(episode.task)
+        context, skipped = privileged.head(episode.task, trace) if privileged is not None else ([], 0)
         shift = len(context) - skipped
         # Nothing after the last trained token is needed.
         end = len(trace) - trace.loss_mask[::-1].index(True)
@@ -180,25 +176,6 @@ class HttpTeacher:
                 raise TeacherError(str(error), error.kind) from error
         return align(trace, scores, shift=shift, top_k=self._top_k)
 
-    def _context(self, task: Task, trace: TokenTrace) -> tuple[list[int], int]:
-        """The ids that replace the trace's first ones for the teacher, and how many they replace."""
-        if self._system_prompt is None or self._renderer is None:
-            return [], 0
-        tools = [tool for tool in self._tool_specs if task.tools is None or tool.name in task.tools]
-        student = self._renderer.render_prompt(self._renderer.clean(task.messages), tools)
-        privileged = with_system_prompt(task.messages, self._system_prompt)
-        teacher = self._renderer.render_prompt(self._renderer.clean(privileged), tools)
-        shared = 0
-        while shared < min(len(student), len(teacher)) and student[-1 - shared] == teacher[-1 - shared]:
-            shared += 1
-        head = len(student) - shared
-        if trace.token_ids[:head] != student[:head]:
-            raise TeacherError(
-                "the trace does not begin with the task's prompt, so the teacher's prompt cannot take its place",
-                "protocol",
-            )
-        return teacher[: len(teacher) - shared], head
-
 
 def _candidates(trace: TokenTrace, trained: Sequence[int], top_k: int) -> list[list[int]]:
     """[R][K] the student's likeliest ids at sampling.
@@ -216,14 +193,6 @@ def _candidates(trace: TokenTrace, trained: Sequence[int], top_k: int) -> list[l
             "protocol",
         )
     return rows
-
-
-def with_system_prompt(messages: Sequence[Message], system_prompt: str) -> tuple[Message, ...]:
-    """The dialogue with `system_prompt` before its system message, or as one if it has none."""
-    if messages and messages[0]["role"] == "system":
-        own: Message = {"role": "system", "content": f"{system_prompt}\n\n{messages[0]['content']}"}
-        return (own, *messages[1:])
-    return ({"role": "system", "content": system_prompt}, *messages)
 
 
 def align(trace: TokenTrace, scores: PromptScores, *, shift: int, top_k: int) -> TeacherScore:

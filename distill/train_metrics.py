@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from agent_loop.types import Episode, TokenClass
+from distill.batch import TrainItem
 from distill.metrics import Metrics
 from distill.ranks import Ranks
 from distill.types import Batch
@@ -77,13 +79,28 @@ class StepRows:
             of_class = kl[rows["class"] == index]
             if len(of_class):
                 metrics[f"teacher_kl/{token_class.value}"] = of_class.mean()
+        sources = np.array([e.task.source for e in episodes])
+        if len(set(sources)) > 1:
+            row_sources = sources[rows["episode"].astype(np.int64)]
+            for source in np.unique(row_sources):
+                metrics[f"teacher_kl/{source}"] = kl[row_sources == source].mean()
         datasets = np.array([str(e.task.metadata.get("dataset") or e.env_id) for e in episodes])
         row_datasets = datasets[rows["episode"].astype(np.int64)]
         for dataset in np.unique(row_datasets):
             name = f"teacher_kl/{dataset}"
-            # A data set called "answer" must not replace the number of the token class.
+            # A data set called "answer" must not replace the number of the token class, or of a source of that name.
             metrics[f"teacher_kl/dataset_{dataset}" if name in metrics else name] = kl[row_datasets == dataset].mean()
         return {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
+
+
+def token_shares(items: Sequence[TrainItem]) -> Metrics:
+    """Share of the trained tokens that each source has, as they are counted, not weighed; nothing of one source."""
+    counts: Counter[str] = Counter()
+    for item in items:
+        counts[item.episode.task.source] += item.trace.num_trained
+    if len(counts) < 2:
+        return {}
+    return {f"train/token_share/{source}": count / counts.total() for source, count in sorted(counts.items())}
 
 
 def _supervised(rows: dict[str, np.ndarray]) -> Metrics:

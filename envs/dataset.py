@@ -27,6 +27,7 @@ __all__ = [
     "UniqueIds",
     "content_id",
     "convert",
+    "dialogue_from_row",
     "iter_tasks",
     "message_of",
     "read_tasks",
@@ -142,6 +143,22 @@ def task_from_row(row: Any, where: str) -> Task:
     if not isinstance(identity, str) or not 0 < len(identity) <= 200 or not identity.isprintable():
         raise TaskError(where, f"id must be a string of 1 to 200 printable characters, found {kind_of(identity)}")
     return replace(task, id=identity)
+
+
+def dialogue_from_row(row: Any, where: str) -> tuple[Message, ...]:
+    """Check an object with `messages` alone, whoever speaks last. Nothing is coerced.
+
+    Raises:
+        TaskError: the first thing that is wrong, with the key.
+    """
+    if not isinstance(row, dict) or set(row) != {"messages"}:
+        found = f"the keys {', '.join(map(repr, row))}" if isinstance(row, dict) else kind_of(row)
+        raise TaskError(where, f'wanted an object {{"messages": [...]}}, found {found[:200]}')
+    _check_values(row, where, "")
+    messages = _expect(row["messages"], list, "messages", where)
+    if not messages:
+        raise TaskError(where, "messages is empty")
+    return tuple(message_of(m, f"messages[{i}]", where) for i, m in enumerate(messages))
 
 
 def task_to_row(task: Task) -> dict[str, Any]:

@@ -121,7 +121,10 @@ class Task:
     tools: tuple[str, ...] | None = None
     """Names of the tools that this task may use; None is all of the environment's."""
     id: str = ""
-    """Unique in its file; a hash of the row's content where the row names none."""
+    """Unique in its file; a hash of the row's content where the row names none. In a run of several sources, with the
+    source's name before it: `math/12`."""
+    source: str = ""
+    """The source of the run that it was drawn from, where there are several; no part of the row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ import json
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from agent_loop.conversation import Sampling
 from agent_loop.types import Episode, Policy
@@ -40,7 +40,8 @@ class WhatIf:
         run: the run's folder; its `config.json` says environment, limits and sampling.
         tokenizer: folder of the run's tokenizer.
         model: samples on; None: an edited turn is the last.
-        env: environment to use; needed where the run's is a folder, whose code runs only if the command names it.
+        env: environment to use; needed where the run's is a folder, whose code runs only if the command names it. Of a
+            run of several sources, for those whose environment is a folder.
 
     Raises:
         ForkError: the run's configuration cannot be read, or names a folder.
@@ -49,33 +50,51 @@ class WhatIf:
     def __init__(
         self, run: Path, tokenizer: Path | None, *, model: Model | None = None, env: str | None = None
     ) -> None:
-        from envs.registry import is_path
-
         path = run / "config.json"
         try:
             config = json.loads(path.read_bytes())
             rollout = config["rollout"]
             self._limits = Limits(**{f.name: rollout[f.name] for f in fields(Limits) if f.name in rollout})
             self._sampling = {name: rollout[name] for name in ("temperature", "top_p", "top_k") if name in rollout}
-            self._env, self._verify = str(env or config["env"]), not config.get("skip_verification", True)
-            self._env_args = dict(config.get("env_args") or {})
+            self._verify = not config.get("skip_verification", True)
+            own = (str(config["env"]), dict(config.get("env_args") or {}))
+            self._played_in = {"": own}
+            for name, source in (config.get("sources") or {}).items():
+                args = source.get("env_args")
+                its_args = dict(args) if args is not None else {} if source.get("env") else own[1]
+                self._played_in[name] = (str(source.get("env") or own[0]), its_args)
             self._thinking = (config.get("student") or {}).get("enable_thinking")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ForkError(
                 f"{path} does not say how the episodes were played: {type(error).__name__}: {error}; --what-if wants "
                 "the folder of a training run"
             ) from None
-        if env is None and is_path(self._env):
-            raise ForkError(
-                f"the run's environment is the folder {self._env}: its code runs if you add --env {self._env}"
-            )
-        if "browse" in self._env_args and isinstance(self._env_args["browse"], dict):
-            self._env_args["browse"] = self._env_args["browse"] | {"mode": "replay"}  # never the network
+        self._given_env = env
+        if not config.get("sources"):
+            self._environment("")
         if tokenizer is None:
             raise ForkError(f"the tokenizer of {run} was not found: name its folder with --tokenizer")
         self.model = model
         self._tokenizer = tokenizer
         self._renderer: Renderer | None = None
+
+    def _environment(self, source: str) -> tuple[str, dict[str, Any]]:
+        """Name and arguments of the environment in which a source's episodes are played again.
+
+        Raises:
+            ForkError: there is no such source, or its environment is a folder that the command does not name.
+        """
+        from envs.registry import is_path
+
+        if source not in self._played_in:
+            raise ForkError(f"the run's config.json has no source {source!r}, which the episode was drawn from")
+        env, args = self._played_in[source]
+        if is_path(env) and self._given_env is None:
+            raise ForkError(f"the run's environment is the folder {env}: its code runs if you add --env {env}")
+        if isinstance(args.get("browse"), dict):
+            args = args | {"browse": args["browse"] | {"mode": "replay"}}  # never the network
+        alone = len(self._played_in) == 1
+        return self._given_env if self._given_env is not None and (alone or is_path(env)) else env, args
 
     def fork(self, original: Episode, turn: int, folder: Path, edited_text: str | None = None) -> Episode:
         """Play a fork and append it to the forks in `folder`.
@@ -116,7 +135,8 @@ class WhatIf:
                 self._renderer = load_renderer(self._tokenizer, enable_thinking=self._thinking)
             async with AsyncExitStack() as opened:
                 policy, context = await self._policy(opened)
-                env = envs.make(self._env, limits=self._limits, skip_verification=not self._verify, **self._env_args)
+                name, args = self._environment(original.task.source)
+                env = envs.make(name, limits=self._limits, skip_verification=not self._verify, **args)
                 opened.push_async_callback(env.aclose)
                 how = [] if edited_text is None else ["edited"]
                 how += [] if self.model is None else [f"sampled by {self.model.name}"]

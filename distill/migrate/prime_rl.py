@@ -24,6 +24,7 @@ from distill.migrate.draft import (
     texts,
     to,
 )
+from distill.migrate.several import environment_id, environments
 from distill.migrate.source import Entry
 
 NAME = "prime-rl"
@@ -155,6 +156,7 @@ RULES: dict[str, Rule] = {
     "orchestrator.max_concurrent": to("rollout.max_concurrent", integer),
     "orchestrator.env": later,
     "orchestrator.train.env": later,
+    "orchestrator.train.source": later,
     "orchestrator.filters": refuse(_NO_FILTER),
     "orchestrator.buffer.seed": to("tasks.seed", integer),
     "orchestrator.buffer.*": refuse(_NO_FILTER),
@@ -232,7 +234,7 @@ def convert(draft: Draft) -> None:
     _algo(draft)
     _batch(draft)
     _betas(draft)
-    for name in ("orchestrator.env", "orchestrator.train.env"):
+    for name in ("orchestrator.env", "orchestrator.train.env", "orchestrator.train.source"):
         if name in entries:
             _env(draft, entries[name])
     trains_elsewhere = "student.base_url" in draft.settings
@@ -308,11 +310,19 @@ def _betas(draft: Draft) -> None:
 
 def _env(draft: Draft, entry: Entry) -> None:
     listed = entry.value if isinstance(entry.value, list) else [entry.value]
-    names = [str(item.get("id", "?")) if isinstance(item, dict) else "?" for item in listed]
+    names = [environment_id(item) if isinstance(item, dict) else "?" for item in listed]
+    if len(listed) > 1 and all(isinstance(item, dict) for item in listed):
+        environments(draft, entry, listed)
+        draft.refuse(
+            entry,
+            f"verifiers environments ({', '.join(names)}): give each as sources.NAME.env, as verifiers:ID where its "
+            "package is installed (docs/write_an_env.md), or its tools and tasks as a folder (python -m envs new NAME)",
+        )
+        return
     draft.refuse(
         entry,
-        f"a verifiers environment ({', '.join(names)}) is not known here; write its tools and tasks as a folder "
-        "(python -m envs new NAME, docs/write_an_env.md) and give it with --env ./NAME",
+        f"a verifiers environment ({', '.join(names)}): give it with --env verifiers:ID where its package is installed "
+        "(docs/write_an_env.md), or write its tools and tasks as a folder (python -m envs new NAME) for --env ./NAME",
     )
 
 

@@ -1,9 +1,10 @@
 """verl: a Hydra command line or YAML of `main_ppo`, in the form with `actor_rollout_ref.ref.model.path` as teacher and
-the newer one with `distillation.teacher_model`."""
+the newer ones with `distillation.teacher_model` and `distillation.teacher_models.NAME`."""
 
 from __future__ import annotations
 
 from distill.migrate.draft import Draft, apply, integer, number, shown, texts
+from distill.migrate.several import teachers
 from distill.migrate.source import Entry
 from distill.migrate.verl_keys import ACTOR, KL_TYPES, ROLLOUT, RULES, TEMPERATURE
 
@@ -17,6 +18,7 @@ def convert(draft: Draft) -> None:
         draft.drop(entry, "a key that is taken away")
         del draft.entries[entry.key]
     apply(draft, RULES)
+    teachers(draft)
     _what(draft)
     _loss(draft)
     _files(draft)
@@ -37,7 +39,7 @@ def convert(draft: Draft) -> None:
 def _what(draft: Draft) -> None:
     """Is it a distillation at all?"""
     name, enabled = draft.entries.get("--config-name"), draft.entries.get("distillation.enabled")
-    distils = "teacher.model" in draft.settings
+    distils = any(key.startswith("teacher") and key.endswith(".model") for key in draft.settings)
     if name is not None:
         if isinstance(name.value, str) and "distill" in name.value:
             draft.drop(name, "its defaults are made explicit below")
@@ -94,6 +96,9 @@ def _files(draft: Draft) -> None:
             continue
         try:
             files = texts(entry.value)
+            if any(name.startswith("sources.") for name in draft.settings):
+                which = "tasks" if split == "train" else "eval_tasks"
+                raise ValueError(f"several teachers: a task file for each, as sources.NAME.{which}")
             if len(files) != 1:
                 raise ValueError(f"{len(files)} files; convert each, join them into one, and set {ours}")
             if files[0].endswith(".jsonl"):

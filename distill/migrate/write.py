@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from textwrap import wrap
 from typing import Any
 
-from distill.config_keys import all_keys
+from distill.config_keys import all_keys, general
 from distill.migrate.draft import Row, Setting, printable
 
 WIDTH = 118
@@ -23,7 +23,11 @@ def toml(settings: dict[str, Setting], title: str) -> str:
         )
     sections: dict[str, list[str]] = {"": []}
     order = [key.name for key in all_keys().values()]
-    for name in sorted(settings, key=order.index):
+
+    def place(name: str) -> int:
+        return order.index(".".join(general(tuple(name.split(".")))))
+
+    for name in sorted(settings, key=place):
         section, _, last = name.rpartition(".")
         setting = settings[name]
         if setting.value == {}:
@@ -34,10 +38,11 @@ def toml(settings: dict[str, Setting], title: str) -> str:
     if "student.model" not in settings:
         missing = '# model = "..."    # REQUIRED, and not in the source: the model that is trained'
         sections.setdefault("student", []).insert(0, missing)
-    if "env" in settings and settings["env"].value == "reasoning" and "tasks.train" not in settings:
+    alone = not any(name.startswith("sources.") for name in settings)
+    if alone and "env" in settings and settings["env"].value == "reasoning" and "tasks.train" not in settings:
         missing = '# train = "train.jsonl"    # REQUIRED: a task file (docs/formats.md) of convert_dataset.py'
         sections.setdefault("tasks", []).insert(0, missing)
-    ordered = sorted((name for name in sections if name), key=order.index)
+    ordered = sorted((name for name in sections if name), key=place)
     lines = [*top, *sections[""]]
     for name in ordered:
         lines += ["", f"[{name}]", *sections[name]]

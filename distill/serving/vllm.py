@@ -18,7 +18,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Literal
 
 from agent_loop.transport import HttpTransport, TransportError
 from distill.config import ServerConfig
@@ -160,7 +159,7 @@ class Machine:
 
 
 def launches(
-    role: Literal["student", "teacher"],
+    role: str,
     model: str | Path,
     server: ServerConfig,
     *,

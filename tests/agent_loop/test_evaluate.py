@@ -74,6 +74,17 @@ def test_a_table_and_the_files(flags: list[str], tmp_path: Path, capsys: pytest.
     assert "12/12 episodes" in printed.err
 
 
+def test_training_tasks_where_they_are_asked_for(flags: list[str], folder: Path, tmp_path: Path) -> None:
+    rows = [
+        json.loads(line) | {"id": f"train{i}"}
+        for i, line in enumerate((folder / "eval.jsonl").read_text().splitlines())
+    ]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main([*flags, "--split", "train", "--num-tasks", "2", "--out", str(tmp_path)]) == 0
+    episodes = list(read_episodes(tmp_path / "episodes.jsonl"))
+    assert {e.task.id for e in episodes if isinstance(e, Episode)} == {"train0", "train1"}
+
+
 def test_the_same_seed_plays_the_same(flags: list[str], tmp_path: Path) -> None:
     played = []
     for run, seed in enumerate(("1", "1", "2")):

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from training_cases import make_episodes, run_config, tiny_model, weights_of
+from training_cases import make_episodes, of_sources, run_config, tiny_model, weights_of
 
 from distill.checkpoint import find_latest, save_checkpoint
-from distill.config import LoraConfig, RunConfig
+from distill.config import LoraConfig, RunConfig, TauScheduleConfig
 from distill.follow import leave, obey
 from distill.fsdp import SeveralRanks
 from distill.ranks import Ranks, join
@@ -30,7 +30,7 @@ Lead = Callable[[Student, Path], dict[str, Any]]
 
 
 def student_of(name: str, ranks: Ranks) -> Student:
-    """`lora` and `bf16`, `checkpointing`, `untied`, `topk`, `full`: each a part of the scenario's name."""
+    """`lora` and `bf16`, `checkpointing`, `untied`, `topk`, `full`, `sources`: each a part of the scenario's name."""
     torch.manual_seed(ranks.rank)  # adapters are drawn from it
     model = tiny_model(5 * ranks.rank, tied="untied" not in name)  # the leader's weights are the ones that count
     student = Student(model.to(torch.bfloat16 if "bf16" in name else torch.float32), config_of(name), ranks=ranks)
@@ -40,9 +40,11 @@ def student_of(name: str, ranks: Ranks) -> Student:
 
 
 def config_of(name: str) -> RunConfig:
-    loss = "topk" if "topk" in name else "full" if "full" in name else "sampled"
+    loss: dict[str, Any] = {"type": "topk" if "topk" in name else "full" if "full" in name else "sampled"}
+    if "sources" in name:
+        loss |= {"source_balance": 0.7, "teacher_tau_schedule": TauScheduleConfig(end=0.2, over=3)}
     return run_config(
-        loss={"type": loss},
+        loss=loss,
         optim={"max_grad_norm": 0.5, "schedule": "cosine", "micro_batch_tokens": 60, "weight_decay": 0.1},
         lora=LORA if "lora" in name else None,
         gradient_checkpointing="checkpointing" in name,
@@ -53,7 +55,7 @@ def train(student: Student, folder: Path) -> dict[str, Any]:
     """Three steps; the second one has a single trace, so that all ranks but one have nothing to do."""
     steps = []
     for step in (1, 2, 3):
-        episodes = make_episodes(1 if step == 2 else 7, seed=step, top_k=3)
+        episodes = of_sources(make_episodes(1 if step == 2 else 7, seed=step, top_k=3), *student.config.all_sources)
         steps.append(student.train_step(episodes, step=step))
     save_file({n: t.contiguous() for n, t in weights_of(student).items()}, folder / "weights.safetensors")
     save_checkpoint(folder / "checkpoints", 3, student, cursor=11, keep_last=1)
@@ -76,7 +78,7 @@ def resume(student: Student, folder: Path) -> dict[str, Any]:
     assert checkpoint is not None
     student.restore(checkpoint)
     return {
-        "step": student.train_step(make_episodes(7, seed=4, top_k=3), step=4),
+        "step": student.train_step(of_sources(make_episodes(7, seed=4, top_k=3), *student.config.all_sources), step=4),
         "num_rng": len(checkpoint.rng),
         "logprobs": student.logprobs(list(range(1, 30)))[1:],
     }

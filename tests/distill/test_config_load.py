@@ -358,7 +358,7 @@ def test_every_shipped_configuration_is_valid(file: Path) -> None:
 def test_help_names_every_key_with_type_and_default() -> None:
     text = help_text()
     for key in all_keys().values():
-        assert (f"[{key.name}]" if key.shape == "section" else f"--{key.name}  {key.type_text}") in text
+        assert (f"[{key.name}]" if "section" in key.shape else f"--{key.name}  {key.type_text}") in text
 
 
 def test_the_schema_accepts_the_shipped_files_and_no_unknown_key() -> None:

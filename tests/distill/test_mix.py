@@ -14,6 +14,7 @@ from distill.batch import group_advantages
 from distill.config import LossConfig
 from distill.config_rules import problems_of
 from distill.loss import reverse_kl_loss
+from distill.metrics import reward_metrics
 from distill.student import Student
 
 SIZE = 9
@@ -97,6 +98,15 @@ def test_advantages_of_a_group() -> None:
     assert group_advantages(episodes) == pytest.approx([2 / 3, -1 / 3, -1 / 3, 0, 0, 0])
     deviation = (2 / 9) ** 0.5
     assert group_advantages(episodes, "std") == pytest.approx([2 / 3 / deviation, *[-1 / 3 / deviation] * 2, 0, 0, 0])
+
+
+def test_groups_that_teach_by_reward_are_counted() -> None:
+    episodes = make_episodes(6)
+    for i, (episode, reward) in enumerate(zip(episodes, [1.0, 0.0, 1.0, 1.0, 0.0, None], strict=True)):
+        episode.task = replace(episode.task, id="abc"[i // 2])
+        episode.reward = reward
+    assert reward_metrics(episodes)["reward/mixed_groups"] == 0.5, "the third has one reward alone"
+    assert "reward/mixed_groups" not in reward_metrics(episodes[4:])
 
 
 def test_pure_reinforcement_learning_ignores_the_teacher() -> None:

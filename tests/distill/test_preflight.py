@@ -28,6 +28,7 @@ from distill.endpoints import Endpoint
 from distill.findings import Finding
 from distill.serving.embedded import EmbeddedEngine
 from distill.serving.fleet import Fleet
+from distill.teacher_context import context_of
 from tests.fakes.fake_vllm import FakeVllm, InventedModel
 from tests.runs.conftest import ROOT, TEMPLATE, TOOLS, save_model, save_tokenizer
 
@@ -69,7 +70,9 @@ def having(parts: Parts, **changes: Any) -> Parts:
     for key, value in changes.items():
         section, _, name = key.partition("__")
         values[section][name] = value
-    return dataclasses.replace(parts, config=RunConfig.model_validate(values))
+    config = RunConfig.model_validate(values)
+    teacher = dataclasses.replace(parts.teachers[""], config=config.teacher)
+    return dataclasses.replace(parts, config=config, teachers={"": teacher})
 
 
 def with_student(parts: Parts, transport: Transport, model: str = "student") -> Parts:
@@ -81,8 +84,12 @@ def with_student(parts: Parts, transport: Transport, model: str = "student") -> 
 
 def with_teacher(parts: Parts, transport: Transport, model: str = "teacher") -> Parts:
     fleet = transport if isinstance(transport, Fleet) else None
-    endpoint = Endpoint(transport=transport, model=model, path=parts.teacher_endpoint.path, fleet=fleet)
-    return dataclasses.replace(parts, teacher_endpoint=endpoint)
+    endpoint = Endpoint(transport=transport, model=model, path=parts.teachers[""].endpoint.path, fleet=fleet)
+    return scored_by(parts, endpoint)
+
+
+def scored_by(parts: Parts, endpoint: Endpoint) -> Parts:
+    return dataclasses.replace(parts, teachers={"": dataclasses.replace(parts.teachers[""], endpoint=endpoint)})
 
 
 def served(endpoint: Endpoint) -> Transport:
@@ -175,17 +182,17 @@ def test_a_version_out_of_range_is_an_error(tmp_path: Path) -> None:
 
 
 def test_the_same_vocabulary_passes(parts: Parts) -> None:
-    only(check.vocabulary(parts), "ok", "ids are the same")
+    only(check.vocabulary(parts, parts.teachers[""]), "ok", "ids are the same")
 
 
 def test_a_shifted_vocabulary_is_an_error(parts: Parts, models: Path) -> None:
-    endpoint = dataclasses.replace(parts.teacher_endpoint, path=models / "stranger")
-    only(check.vocabulary(dataclasses.replace(parts, teacher_endpoint=endpoint)), "error", "another token", "family")
+    endpoint = dataclasses.replace(parts.teachers[""].endpoint, path=models / "stranger")
+    only(check.vocabulary(parts, scored_by(parts, endpoint).teachers[""]), "error", "another token", "family")
 
 
 def test_a_teacher_without_tokenizer_is_an_error(parts: Parts, tmp_path: Path) -> None:
-    endpoint = dataclasses.replace(parts.teacher_endpoint, path=tmp_path)
-    only(check.vocabulary(dataclasses.replace(parts, teacher_endpoint=endpoint)), "error", "cannot be loaded")
+    endpoint = dataclasses.replace(parts.teachers[""].endpoint, path=tmp_path)
+    only(check.vocabulary(parts, scored_by(parts, endpoint).teachers[""]), "error", "cannot be loaded")
 
 
 def test_another_end_of_turn_is_a_warning(parts: Parts, tmp_path: Path) -> None:
@@ -244,29 +251,77 @@ async def test_a_penalty_by_default_is_an_error_unless_the_server_ignores_it(
         only(await check.generation_config(started), "ok", "the run starts")
 
 
+async def test_of_several_teachers_each_is_checked_and_findings_say_whose_they_are(
+    parts: Parts, models: Path, tmp_path: Path
+) -> None:
+    values = parts.config.model_dump()
+    values["sources"] = {"a": {}, "b": {"teacher": "told"}}
+    values["teachers"] = {"told": values["teacher"] | {"system_prompt": "add the numbers"}}
+    for key in ("top_k", "max_dropped_fraction"):
+        del values["teachers"]["told"][key]
+    two = build(RunConfig.model_validate(values), Console(quiet=True), tmp_path / "two")
+    told, plain = two.teachers["told"], two.teachers[""]
+    assert told.endpoint is plain.endpoint  # the same model: loaded once
+    assert two.endpoints == [two.student_endpoint, plain.endpoint]
+    assert told.extra_tokens > plain.extra_tokens == 0
+    assert two.teacher_of(two.sources["b"].train_tasks[0]) is told
+    stranger = dataclasses.replace(told, endpoint=dataclasses.replace(told.endpoint, path=models / "stranger"))
+    spoiled = dataclasses.replace(two, teachers={"": plain, "told": stranger})
+    findings = await check.check_parts(spoiled, lambda: spoiled.publish(0))
+    of_teachers = [f for f in findings if f.name in ("vocabulary", "teacher_server", "teacher_scores")]
+    assert [(f.name, f.level, f.message.partition(": ")[0]) for f in of_teachers] == [
+        ("vocabulary", "ok", "teacher"),
+        ("vocabulary", "error", "teachers.told"),
+        ("teacher_server", "ok", "teacher"),
+        ("teacher_server", "warning", "teachers.told"),  # what it is told does not fit beside the longest episode
+        ("teacher_scores", "ok", "teacher"),
+        ("teacher_scores", "ok", "teachers.told"),
+    ]
+    await two.aclose()
+
+
 # The servers themselves
 
 
 async def test_servers_that_are_there_pass(parts: Parts) -> None:
-    only(await check_servers.server(parts, parts.student_endpoint, "student"), "ok", "1024")
-    only(await check_servers.server(parts, parts.teacher_endpoint, "teacher"), "ok", "1024")
+    only(await check_servers.server(parts), "ok", "1024")
+    only(await check_servers.server(parts, parts.teachers[""]), "ok", "1024")
 
 
 async def test_a_name_that_is_not_served_is_an_error(parts: Parts) -> None:
     other = with_student(parts, served(parts.student_endpoint), model="other")
-    finding = only(await check_servers.server(other, other.student_endpoint, "student"), "error", "--served-model-name")
+    finding = only(await check_servers.server(other), "error", "--served-model-name")
     assert "it serves 'student'" in finding.message
 
 
 async def test_a_context_shorter_than_an_episode_is_an_error(parts: Parts) -> None:
     exact, long = having(parts, rollout__max_episode_tokens=1023), having(parts, rollout__max_episode_tokens=1024)
-    only(await check_servers.server(exact, exact.student_endpoint, "student"), "ok")
-    only(await check_servers.server(long, long.student_endpoint, "student"), "error", "--max-model-len 1025")
+    only(await check_servers.server(exact), "ok")
+    only(await check_servers.server(long), "error", "--max-model-len 1025")
 
 
-async def test_the_teachers_own_words_take_context_too(parts: Parts) -> None:
-    prompted = having(parts, rollout__max_episode_tokens=1020, teacher__system_prompt="add the numbers")
-    only(await check_servers.server(prompted, prompted.teacher_endpoint, "teacher"), "error", "system prompt")
+async def test_the_teachers_own_words_take_context_too(parts: Parts, tmp_path: Path) -> None:
+    examples = tmp_path / "examples.jsonl"
+    dialogue = [{"role": "user", "content": "add 1 and 4"}, {"role": "assistant", "content": "the number 5"}]
+    examples.write_text(json.dumps({"messages": dialogue}) + "\n")
+    values = having(
+        parts, rollout__max_episode_tokens=900, teacher__system_prompt="add the numbers"
+    ).config.model_dump()
+    values["teacher"]["examples"] = str(examples)
+    prompted = build(RunConfig.model_validate(values), Console(quiet=True), tmp_path / "prompted")
+    teacher = prompted.teachers[""]
+    task = prompted.sources[""].train_tasks[0]
+    context = context_of(teacher.config, prompted.renderer, prompted.sources[""].tool_specs)
+    assert context is not None
+    longer = len(prompted.renderer.render_prompt(context.messages(task), prompted.sources[""].tool_specs))
+    own = len(prompted.renderer.render_prompt(task.messages, prompted.sources[""].tool_specs))
+    assert teacher.extra_tokens == longer - own > 10
+    only(await check_servers.server(prompted, teacher), "ok")
+    fits = having(prompted, rollout__max_episode_tokens=1023 - teacher.extra_tokens)
+    only(await check_servers.server(fits, fits.teachers[""]), "ok")
+    long = having(prompted, rollout__max_episode_tokens=1024 - teacher.extra_tokens)
+    only(await check_servers.server(long, long.teachers[""]), "error", "system prompt", "--max-model-len 1025")
+    await prompted.aclose()
 
 
 async def test_a_teacher_with_less_context_than_the_student_is_a_warning(
@@ -274,20 +329,20 @@ async def test_a_teacher_with_less_context_than_the_student_is_a_warning(
 ) -> None:
     server = fake("teacher", max_model_len=512)
     short = with_teacher(parts, HttpTransport(server.base_url))
-    only(await check_servers.server(short, short.teacher_endpoint, "teacher"), "warning", "512", "1024")
-    await short.teacher_endpoint.aclose()
+    only(await check_servers.server(short, short.teachers[""]), "warning", "512", "1024")
+    await short.teachers[""].endpoint.aclose()
 
 
 async def test_a_server_that_is_away_is_an_error(parts: Parts) -> None:
     away = with_student(parts, HttpTransport("http://127.0.0.1:9/v1", retry_deadline_s=0.1))
-    only(await check_servers.server(away, away.student_endpoint, "student"), "error", "student.base_url")
+    only(await check_servers.server(away), "error", "student.base_url")
     await away.student_endpoint.aclose()
 
 
 async def test_a_missing_key_is_an_error_that_says_where_keys_go(parts: Parts, models: Path) -> None:
     engine = EmbeddedEngine.from_pretrained(models / "student", name="student", dtype="float32", api_key="secret")
     locked = with_student(parts, AsgiTransport(engine.app))
-    only(await check_servers.server(locked, locked.student_endpoint, "student"), "error", "student.api_key_env")
+    only(await check_servers.server(locked), "error", "student.api_key_env")
     await engine.aclose()
 
 
@@ -295,7 +350,7 @@ async def test_a_missing_key_is_an_error_that_says_where_keys_go(parts: Parts, m
 async def test_a_server_of_another_kind_is_an_error(parts: Parts, reply: Any) -> None:
     async with serving({"GET /v1/models": reply}) as transport:
         other = with_student(parts, transport)
-        only(await check_servers.server(other, other.student_endpoint, "student"), "error", "OpenAI-compatible")
+        only(await check_servers.server(other), "error", "OpenAI-compatible")
 
 
 @asynccontextmanager
@@ -312,7 +367,7 @@ async def fleet_of(name: str, *base_urls: str) -> AsyncIterator[Fleet]:
 async def test_every_address_is_asked(parts: Parts, fake: Callable[..., FakeVllm]) -> None:
     async with fleet_of("student", fake("student").base_url, fake("other").base_url) as fleet:
         both = with_student(parts, fleet)
-        findings = await check_servers.server(both, both.student_endpoint, "student")
+        findings = await check_servers.server(both)
     assert [f.level for f in findings] == ["ok", "error"]
     assert "student-1" in findings[1].message
 
@@ -348,7 +403,7 @@ async def test_servers_of_different_versions_are_a_warning(parts: Parts) -> None
 async def test_a_server_without_version_is_not_called_good(parts: Parts, fake: Callable[..., FakeVllm]) -> None:
     unknown = with_teacher(parts, HttpTransport(fake("teacher").base_url))
     only(await check_versions.server_versions(unknown), "warning", "not known")
-    await unknown.teacher_endpoint.aclose()
+    await unknown.teachers[""].endpoint.aclose()
 
 
 async def test_routes_for_new_weights(parts: Parts) -> None:
@@ -525,7 +580,7 @@ async def test_a_student_agrees_with_itself(parts: Parts) -> None:
 async def test_two_servers_with_different_weights_disagree(parts: Parts) -> None:
     probe = await probe_of(parts)
     other = having(
-        with_student(parts, served(parts.teacher_endpoint), model="teacher"), check__max_self_difference=0.01
+        with_student(parts, served(parts.teachers[""].endpoint), model="teacher"), check__max_self_difference=0.01
     )
     only(await check_servers.self_score(other, probe), "error", "same weights")
 
@@ -537,23 +592,23 @@ async def test_trainer_and_server_are_the_same_model(parts: Parts) -> None:
 async def test_a_server_with_other_weights_is_a_mismatch(parts: Parts) -> None:
     from agent_loop.policy import VllmPolicy
 
-    other = dataclasses.replace(parts, policy=VllmPolicy(served(parts.teacher_endpoint), "teacher"))
+    other = dataclasses.replace(parts, policy=VllmPolicy(served(parts.teachers[""].endpoint), "teacher"))
     only(check_servers.mismatch(other, await probe_of(other)), "error", "student.model")
 
 
 async def test_a_teacher_that_scores_passes(parts: Parts) -> None:
-    only(await check_servers.teacher_scores(parts, await probe_of(parts)), "ok", "KL")
+    only(await check_servers.teacher_scores(parts, parts.teachers[""], await probe_of(parts)), "ok", "KL")
 
 
 async def test_a_teacher_with_candidates_passes(parts: Parts) -> None:
     asked = having(parts, loss__type="topk", teacher__top_k=5)
-    only(await check_servers.teacher_scores(asked, await probe_of(asked)), "ok")
+    only(await check_servers.teacher_scores(asked, asked.teachers[""], await probe_of(asked)), "ok")
 
 
 async def test_a_teacher_that_is_the_student_teaches_nothing(parts: Parts) -> None:
     same = with_teacher(parts, served(parts.student_endpoint), model="student")
     probe = await probe_of(same)
-    only(await check_servers.teacher_scores(same, probe), "warning", "nothing to learn")
+    only(await check_servers.teacher_scores(same, same.teachers[""], probe), "warning", "nothing to learn")
 
 
 async def test_teachers_with_different_weights_are_an_error(parts: Parts, fake: Callable[..., FakeVllm]) -> None:
@@ -561,7 +616,11 @@ async def test_teachers_with_different_weights_are_an_error(parts: Parts, fake: 
     servers[1].invented = InventedModel(servers[1].invented.vocab_size, decay=0.1)
     probe = await probe_of(parts)
     async with fleet_of("teacher", *(server.base_url for server in servers)) as fleet:
-        only(await check_servers.teacher_scores(with_teacher(parts, fleet), probe), "error", "other weights")
+        only(
+            await check_servers.teacher_scores(parts, with_teacher(parts, fleet).teachers[""], probe),
+            "error",
+            "other weights",
+        )
 
 
 @pytest.mark.parametrize(
@@ -582,16 +641,18 @@ async def test_scores_that_cannot_be_used_are_an_error(
     server = fake("teacher")
     server.fault_after(0, fault)
     broken = with_teacher(parts, HttpTransport(server.base_url, retry_deadline_s=0.2))
-    only(await check_servers.teacher_scores(broken, await probe_of(parts)), "error", words)
-    await broken.teacher_endpoint.aclose()
+    only(await check_servers.teacher_scores(broken, broken.teachers[""], await probe_of(parts)), "error", words)
+    await broken.teachers[""].endpoint.aclose()
 
 
 async def test_a_teacher_with_too_little_context_for_a_turn_is_an_error(
     parts: Parts, fake: Callable[..., FakeVllm]
 ) -> None:
     short = with_teacher(parts, HttpTransport(fake("teacher", max_model_len=8).base_url))
-    only(await check_servers.teacher_scores(short, await probe_of(parts)), "error", "--max-model-len")
-    await short.teacher_endpoint.aclose()
+    only(
+        await check_servers.teacher_scores(short, short.teachers[""], await probe_of(parts)), "error", "--max-model-len"
+    )
+    await short.teachers[""].endpoint.aclose()
 
 
 @pytest.mark.parametrize(
@@ -603,8 +664,13 @@ async def test_a_teacher_that_only_samples_is_an_error(
 ) -> None:
     silent = with_teacher(parts, HttpTransport(fake("teacher", scores=False).base_url))
     silent = having(silent, teacher__base_url=[base_url])
-    only(await check_servers.teacher_scores(silent, await probe_of(parts)), "error", words, "off-policy distillation")
-    await silent.teacher_endpoint.aclose()
+    only(
+        await check_servers.teacher_scores(silent, silent.teachers[""], await probe_of(parts)),
+        "error",
+        words,
+        "off-policy distillation",
+    )
+    await silent.teachers[""].endpoint.aclose()
 
 
 class Split(HttpTransport):
@@ -627,21 +693,25 @@ async def test_fast_scores_are_compared_with_plain_ones(parts: Parts, fake: Call
     wrong.invented = InventedModel(wrong.invented.vocab_size, decay=0.1)
     probe = await probe_of(parts)
     good = with_teacher(parts, HttpTransport(right.base_url))
-    only(await check_servers.teacher_scorer(good, probe), "ok", "fast")
+    only(await check_servers.teacher_scorer(good, good.teachers[""], probe), "ok", "fast")
     split = with_teacher(parts, Split(right.base_url, HttpTransport(wrong.base_url)))
-    only(await check_servers.teacher_scorer(split, probe), "error", "fast", "other numbers")
-    for endpoint in (good.teacher_endpoint, split.teacher_endpoint):
+    only(await check_servers.teacher_scorer(split, split.teachers[""], probe), "error", "fast", "other numbers")
+    for endpoint in (good.teachers[""].endpoint, split.teachers[""].endpoint):
         await endpoint.aclose()
-    await split.teacher_endpoint.transport._other.aclose()  # type: ignore[attr-defined]
+    await split.teachers[""].endpoint.transport._other.aclose()  # type: ignore[attr-defined]
 
 
 async def test_a_server_without_fast_scoring_is_asked_plainly(parts: Parts, fake: Callable[..., FakeVllm]) -> None:
     plain = with_teacher(parts, HttpTransport(fake("teacher").base_url))
     probe = await probe_of(parts)
-    only(await check_servers.teacher_scorer(plain, probe), "ok", "plain")
+    only(await check_servers.teacher_scorer(plain, plain.teachers[""], probe), "ok", "plain")
     given = having(plain, loss__type="topk", loss__candidates="student", teacher__top_k=4)
-    only(await check_servers.teacher_scorer(given, probe), "error", "needs a teacher that scores given ids")
-    await plain.teacher_endpoint.aclose()
+    only(
+        await check_servers.teacher_scorer(given, given.teachers[""], probe),
+        "error",
+        "needs a teacher that scores given ids",
+    )
+    await plain.teachers[""].endpoint.aclose()
 
 
 # All of them
@@ -669,7 +739,7 @@ async def test_a_dead_server_costs_only_the_checks_that_need_it(parts: Parts) ->
     assert [name for name, f in by_name.items() if f.level == "error"] == ["teacher_server"]
     assert by_name["teacher_scores"].message == "not made: it needs teacher_server"
     assert by_name["mismatch"].level == "ok"
-    await away.teacher_endpoint.aclose()
+    await away.teachers[""].endpoint.aclose()
 
 
 async def test_weights_are_published_once_the_server_can_take_them(parts: Parts) -> None:

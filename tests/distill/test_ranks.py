@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-CASES = ["sampled", "topk_untied", "full_checkpointing", "lora", "lora_topk", "bf16", "bf16_lora"]
+CASES = ["sampled", "topk_untied", "full_checkpointing", "lora", "lora_topk", "bf16", "bf16_lora", "sources"]
 TOLERANCE = 1e-5
 
 

@@ -11,7 +11,8 @@ import pytest
 from agent_loop.scoring import PromptScores
 from agent_loop.transport import HttpTransport
 from agent_loop.types import Episode, Segment, SegmentSource, TokenTrace, TopK
-from distill.teacher import HttpTeacher, TokenBudget, align, with_system_prompt
+from distill.teacher import HttpTeacher, TokenBudget, align
+from distill.teacher_context import with_system_prompt
 from distill.types import TeacherError
 from envs.types import StopReason, Task
 from tests.fakes.fake_vllm import FakeVllm

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from agent_loop.types import ClassSpan, Episode, Segment, SegmentSource, TokenClass, TokenTrace, TopK, Turn
-from distill.config import LossConfig, OptimConfig, RunConfig, StudentConfig, TeacherConfig
+from distill.config import LossConfig, OptimConfig, RunConfig, SourceConfig, StudentConfig, TeacherConfig
 from distill.student import Student
 from envs.types import AssistantMessage, StopReason, Task
 
@@ -38,8 +39,10 @@ def tiny_model(seed: int = 0, *, tied: bool = True, vocab_size: int = VOCAB) -> 
 
 def run_config(*, loss: dict[str, Any] | None = None, optim: dict[str, Any] | None = None, **student: Any) -> RunConfig:
     loss = {"type": "sampled"} | (loss or {})
+    balanced = "source_balance" in loss
     return RunConfig(
         env="none",
+        sources={"a": SourceConfig(share=3.0), "b": SourceConfig()} if balanced else {},
         steps=10,
         skip_verification="adv_tau" not in loss,
         student=StudentConfig(model="student", **student),
@@ -101,6 +104,13 @@ def make_episode(
 def make_episodes(count: int, seed: int = 0, **options: Any) -> list[Episode]:
     rng = random.Random(seed)
     return [make_episode(i, rng=rng, **options) for i in range(count)]
+
+
+def of_sources(episodes: list[Episode], *names: str) -> list[Episode]:
+    """The same episodes, in turns of these sources."""
+    for index, episode in enumerate(episodes):
+        episode.task = replace(episode.task, source=names[index % len(names)])
+    return episodes
 
 
 def gradients_of(student: Student) -> dict[str, torch.Tensor]:

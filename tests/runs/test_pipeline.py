@@ -22,8 +22,8 @@ from distill.config_load import load_config
 from distill.console import Console
 from distill.pipeline import Pipeline, staleness_metrics
 from distill.rundir import RunDir
+from distill.sources import mixture
 from distill.step import collect
-from distill.tasks import TaskSource
 from envs.registry import RegistryError
 from tests.conformance.models import token_logprobs
 from tests.fakes.fake_vllm import FakeVllm
@@ -78,14 +78,14 @@ async def until(condition: Callable[[], bool]) -> None:
 
 async def test_without_staleness_it_is_one_step_after_the_other_id_for_id(workplace: Workplace) -> None:
     async with started(workplace, "plain", **ONE_AT_A_TIME) as (parts, run):
-        source, wanted = TaskSource(parts.train_tasks, seed=0), []
+        source, wanted = mixture(parts.sources, seed=0), []
         for step in (1, 2, 3):
             scored = await collect(parts, run, source.take(3), step)
             parts.student.train_step(scored.trainable, step=step)
             await parts.publish(step)
             wanted.append(scored.episodes)
     async with started(workplace, "piped", **ONE_AT_A_TIME) as (parts, run):
-        pipeline = Pipeline(parts, run, TaskSource(parts.train_tasks, seed=0), version=0)
+        pipeline = Pipeline(parts, run, mixture(parts.sources, seed=0), version=0)
         found = await train(parts, pipeline, 3)
         await pipeline.aclose()
     assert sampled(found) == sampled(wanted)
@@ -96,11 +96,11 @@ async def test_without_staleness_it_is_one_step_after_the_other_id_for_id(workpl
 @pytest.mark.parametrize("allowed", [0, 1, 2])
 async def test_no_token_is_older_than_allowed(workplace: Workplace, allowed: int) -> None:
     async with started(workplace, "one", **{"rollout.max_staleness": allowed, "steps": 6}) as (parts, run):
-        pipeline = Pipeline(parts, run, TaskSource(parts.train_tasks, seed=0), version=0)
+        pipeline = Pipeline(parts, run, mixture(parts.sources, seed=0), version=0)
         models: dict[int, Any] = {}
         trained = await train(parts, pipeline, 6, models)
         await pipeline.aclose()
-        source = TaskSource(parts.train_tasks, seed=0)
+        source = mixture(parts.sources, seed=0)
     oldest = []
     for step, episodes in enumerate(trained, start=1):
         ages = [
@@ -145,7 +145,7 @@ def test_a_run_says_how_old_its_tokens_were_and_what_it_waited_for(workplace: Wo
 async def test_the_next_step_begins_when_the_last_episodes_have_slots_to_spare(workplace: Workplace) -> None:
     """Steps of 6 episodes in 4 slots: step 2 begins in the slots that step 1's last ones leave."""
     async with started(workplace, "one", **{"rollout.max_staleness": 1, "rollout.max_concurrent": 4}) as (parts, run):
-        pipeline = Pipeline(parts, run, TaskSource(parts.train_tasks, seed=0), version=0)
+        pipeline = Pipeline(parts, run, mixture(parts.sources, seed=0), version=0)
         begun: list[int] = []
         first = asyncio.ensure_future(pipeline.next(1, lambda: begun.append(pipeline._begun)))
         await asyncio.sleep(0)  # it has begun, and no episode can have ended
@@ -171,7 +171,7 @@ def test_it_learns_from_tokens_that_are_an_update_old(make: Callable[..., Workpl
 
 async def test_what_a_later_step_fails_of_is_raised_at_once_and_nothing_is_left_running(workplace: Workplace) -> None:
     async with started(workplace, "one", **{"rollout.max_staleness": 1}) as (parts, run):
-        pipeline = Pipeline(parts, run, TaskSource(parts.train_tasks, seed=0), version=0)
+        pipeline = Pipeline(parts, run, mixture(parts.sources, seed=0), version=0)
         await pipeline.next(1)
         await until(lambda: pipeline.pending == [2])
         shutil.move(workplace.path / "adding", workplace.path / "gone")
@@ -186,7 +186,7 @@ async def test_what_a_later_step_fails_of_is_raised_at_once_and_nothing_is_left_
 
 async def test_episodes_in_play_are_given_up_on_closing(workplace: Workplace) -> None:
     async with started(workplace, "one", **{"rollout.max_staleness": 2}) as (parts, run):
-        pipeline = Pipeline(parts, run, TaskSource(parts.train_tasks, seed=0), version=0)
+        pipeline = Pipeline(parts, run, mixture(parts.sources, seed=0), version=0)
         waiting = asyncio.ensure_future(pipeline.next(1))
         await until(lambda: bool(pipeline._plays))
         waiting.cancel()
@@ -199,7 +199,7 @@ async def test_episodes_in_play_are_given_up_on_closing(workplace: Workplace) ->
 @pytest.mark.parametrize("damage", [False, True])
 async def test_finished_episodes_outlive_a_stop(workplace: Workplace, damage: bool) -> None:
     async with started(workplace, "one", **{"rollout.max_staleness": 1}) as (parts, run):
-        pipeline = Pipeline(parts, run, TaskSource(parts.train_tasks, seed=0), version=0)
+        pipeline = Pipeline(parts, run, mixture(parts.sources, seed=0), version=0)
         scored = await pipeline.next(1)
         parts.student.train_step(scored.trainable, step=1)
         await until(lambda: pipeline.pending == [2])
@@ -218,7 +218,7 @@ async def test_finished_episodes_outlive_a_stop(workplace: Workplace, damage: bo
         assert not run.episodes_file(3).exists()
 
         await parts.publish(1)
-        source, said = TaskSource(parts.train_tasks, seed=0, cursor=checkpoint.cursor), []
+        source, said = mixture(parts.sources, seed=0, cursor=checkpoint.cursor), []
         resumed = Pipeline(parts, run, source, version=1, pending=checkpoint.pending, say=said.append)
         again = await resumed.next(2)
         await resumed.aclose()

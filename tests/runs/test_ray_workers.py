@@ -6,12 +6,14 @@ import asyncio
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from distill.config_load import load_config
 from distill.environment import make_env
 from distill.ray_cluster import WorkersError
 from distill.ray_workers import MAX_TRIES, RayWorkers
+from distill.sources import of_source
 from envs.types import StopReason, Task
 from tests.runs.conftest import TOOLS, Workplace
 
@@ -77,7 +80,7 @@ class Writing:
             self.keys.append(key)
             self._asked.notify_all()
         await self.gate.wait()
-        call = CALLS[key.split("/")[1].partition("-")[0]]
+        call = CALLS[key.split("/")[-2].partition("-")[0]]
         tokenizer = self._renderer.tokenizer
         first = tokenizer.decode(list(prompt_ids)).count("<tool_call>") == 0
         ids = tokenizer.encode((call if first else f"done with {key}") + "<|im_end|>", add_special_tokens=False)
@@ -184,6 +187,24 @@ async def test_workers_play_what_this_process_plays(flags: dict[str, Any]) -> No
     assert sorted(ended) == sorted(job.id for job in jobs)
     wait_for(lambda: not any(map(alive, pids)))
     assert hosts == {"0100007F", "0000000000000000FFFF00000100007F"}  # 127.0.0.1: Ray's own servers too
+
+
+async def test_an_episode_is_played_in_the_environment_of_its_source(flags: dict[str, Any]) -> None:
+    other = Path(flags["env"]).with_name("other")
+    shutil.copytree(flags["env"], other)
+    flags |= {"sources.adding.share": 2.0, "sources.elsewhere.env": str(other), "rollout.ray.workers": 1}
+    jobs = [
+        replace(job, task=of_source(job.task, source))
+        for job, source in zip(jobs_of("add-0", "add-1", "die-0"), ("adding", "elsewhere", "elsewhere"), strict=True)
+    ]
+    async with started(flags | {"rollout.ray.episodes_per_worker": 1}) as (workers, policy):
+        episodes = await play(workers, policy, jobs, max_concurrent=1)
+    assert [(e.id, e.env_id, e.task.source) for e in episodes] == [
+        ("3/adding/add-0/0", "adding", "adding"),
+        ("3/elsewhere/add-1/0", "other", "elsewhere"),
+        ("3/elsewhere/die-0/0", "other", "elsewhere"),  # nobody played it: the record is the run's own
+    ]
+    assert [e.stop_reason is StopReason.ERROR for e in episodes] == [False, False, True]
 
 
 async def test_a_worker_killed_in_mid_episode_is_replaced(flags: dict[str, Any]) -> None:

@@ -130,12 +130,15 @@ async def parts(tmp_path: Path, model: Path, fleet: Fleet) -> AsyncIterator[Part
         "check": {"max_self_difference": 1e-3, "max_mismatch_kl": 1e-3},
     }
     parts = build(RunConfig.model_validate(values), Console(quiet=True), tmp_path / "run")
-    embedded = [parts.student_endpoint, parts.teacher_endpoint]
+    embedded = [parts.student_endpoint, parts.teachers[""].endpoint]
     endpoint = Endpoint(transport=fleet, model="student", path=model, fleet=fleet)
     from agent_loop.policy import VllmPolicy
 
     yield dataclasses.replace(
-        parts, student_endpoint=endpoint, teacher_endpoint=endpoint, policy=VllmPolicy(fleet, "student")
+        parts,
+        student_endpoint=endpoint,
+        teachers={"": dataclasses.replace(parts.teachers[""], endpoint=endpoint)},
+        policy=VllmPolicy(fleet, "student"),
     )
     for old in embedded:
         await old.aclose()
@@ -207,7 +210,7 @@ async def test_no_adapters_and_raw_log_probabilities_are_named(parts: Parts) -> 
 async def test_too_few_candidates_fail_the_teachers_scores_too(parts: Parts) -> None:
     probes: list[Probe] = []
     await check_servers.student_sampling(parts, probes)
-    found = await check_servers.teacher_scores(parts, probes[0])
+    found = await check_servers.teacher_scores(parts, parts.teachers[""], probes[0])
     assert levels(found) == {"teacher_scores": "error"}
     assert "max allowed: 5" in found[0].message
 
