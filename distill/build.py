@@ -5,12 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-<<<<<<< HEAD
-from collections.abc import Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
-=======
 from collections.abc import Coroutine, Mapping, Sequence
->>>>>>> main
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,11 +26,7 @@ from distill.config_rules import teacher_key
 from distill.console import Console
 from distill.cost import Activity, gpus_of
 from distill.endpoints import Endpoint, Place, publisher_for
-<<<<<<< HEAD
-from distill.environment import make_env
 from distill.metrics import Metrics
-=======
->>>>>>> main
 from distill.publish import Publisher
 from distill.ranks import Ranks, join
 from distill.ray_cluster import check_installed, players
