@@ -6,7 +6,9 @@ import asyncio
 import os
 import random
 from collections.abc import Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,12 +19,14 @@ import transformers
 from agent_loop.policy import VllmPolicy
 from agent_loop.renderer import Renderer, load_renderer
 from agent_loop.transport import TransportError
+from agent_loop.types import Episode
 from distill import models
 from distill.config import OneTeacherConfig, RunConfig
 from distill.config_rules import teacher_key
 from distill.console import Console
 from distill.cost import Activity, gpus_of
 from distill.endpoints import Endpoint, Place, publisher_for
+from distill.metrics import Metrics
 from distill.publish import Publisher
 from distill.ranks import Ranks, join
 from distill.ray_cluster import check_installed, players
@@ -61,6 +65,14 @@ class Core:
     """What the data were when they were read."""
     lost: list[asyncio.Future[None]] = field(default_factory=list)
     """Futures that get an exception when work must not be waited for any longer, beside those of the fleets."""
+    trainer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "trainer"))
+    """One thread for all steps: the C library keeps what a thread has freed for that thread, so that a training step in
+    each thread of a pool holds its memory once for each of them."""
+
+    async def train_step(self, episodes: Sequence[Episode], *, step: int) -> Metrics:
+        """`Student.train_step` beside the event loop."""
+        work = partial(self.student.train_step, episodes, step=step)
+        return await asyncio.get_running_loop().run_in_executor(self.trainer, work)
 
     def metadata(self) -> dict[str, Any]:
         """What `run.json` says of the parts: enough to know what was trained on what."""

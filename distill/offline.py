@@ -136,7 +136,7 @@ async def train_stored(
             episodes = await asyncio.to_thread(read_all, lines, config)
             read_s = time.monotonic() - began
             scored = scored_step(episodes)
-            trained = await asyncio.to_thread(parts.student.train_step, scored.trainable, step=step)
+            trained = await parts.train_step(scored.trainable, step=step)
             saver.trained(step, source.cursor)
             seconds = time.monotonic() - began
             metrics = {

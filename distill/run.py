@@ -56,7 +56,7 @@ async def train(parts: Parts, run: RunDir, console: Console, checkpoint: Checkpo
             with console.phase(f"step {step}: episodes", episodes, announce=False) as phase:
                 scored = await parts.while_served(pipeline.next(step, phase.advance))
             clock.lap("idle/trainer")
-            metrics = scored.metrics | await asyncio.to_thread(parts.student.train_step, scored.trainable, step=step)
+            metrics = scored.metrics | await parts.train_step(scored.trainable, step=step)
             clock.lap("time/train")
             saver.trained(step, scored.cursor)
             try:

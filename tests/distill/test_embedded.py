@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from distill.serving.embedded import EmbeddedEngine
+from distill.serving.slots import slot_attention
 from tests.conformance.conftest import Server, Serving, in_process
 from tests.conformance.models import save, tiny_llama, tiny_mistral, tiny_qwen3, token_logprobs
 
@@ -486,3 +488,14 @@ def test_help_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"torch", "transformers", "numpy"} & set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_a_decode_step_of_grouped_heads_is_plain_attention() -> None:
+    """Six heads on two of keys, one query: what each head sees and says is its own."""
+    generator = torch.Generator().manual_seed(0)
+    query, keys, values = (torch.randn(3, n, t, 8, generator=generator) for n, t in ((6, 1), (2, 5), (2, 5)))
+    mask = torch.where(torch.arange(5) <= torch.tensor([0, 2, 4])[:, None, None, None], 0.0, float("-inf"))
+    out, _ = slot_attention(torch.nn.Module(), query, keys, values, mask, scaling=0.3)
+    for row, head in product(range(3), range(6)):
+        scores = 0.3 * query[row, head] @ keys[row, head // 3].T + mask[row, 0]
+        torch.testing.assert_close(out[row, 0, head], (scores.softmax(-1) @ values[row, head // 3])[0])

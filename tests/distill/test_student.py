@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import math
 import random
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from agent_loop.types import Episode
 from distill import head as head_module
+from distill.build import Core
 from distill.config import LoraConfig, OptimConfig, RunConfig
 from distill.optim import lr_at
 from distill.serving.embedded import EmbeddedEngine
@@ -476,3 +479,22 @@ def test_the_teacher_of_the_full_loss_is_read_from_a_folder(tmp_path: Path) -> N
     wanted.set_teacher(tiny_model(9))
     losses = [s.train_step(make_episodes(2), step=1)["loss"] for s in (found, wanted)]
     assert losses[0] == losses[1]
+
+
+async def test_all_steps_of_a_run_are_made_in_one_thread() -> None:
+    """Memory that a step has freed stays with its thread: in the threads of a pool by turns, it would be held once in
+    each of them."""
+    student = Student(tiny_model(), run_config())
+    core = Core(config=student.config, student=student)
+    threads: set[int] = set()
+    student.model.get_input_embeddings().register_forward_pre_hook(lambda *_: threads.add(threading.get_ident()))
+    done = threading.Event()
+    busy = []
+    for step in (1, 2, 3):
+        busy.append(asyncio.ensure_future(asyncio.to_thread(done.wait)))  # takes the loop's idle thread, if it has one
+        await asyncio.sleep(0)
+        await core.train_step(make_episodes(2), step=step)
+    done.set()
+    await asyncio.gather(*busy)
+    assert len(threads) == 1
+    assert threads.isdisjoint({threading.get_ident()})
