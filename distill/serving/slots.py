@@ -210,7 +210,8 @@ class CausalLM:
         """The same 12 tokens three ways: plain forward, prefill and steps through the cache, hidden state and head.
 
         In 16 bits it is the mean over the vocabulary that must agree: of 50,000 roundings one or the other is above
-        half a nat in a sound model, while a wrong cache moves the distribution as a whole."""
+        half a nat in a sound model, while a wrong cache moves the distribution as a whole. SmolLM2 in bfloat16: 0.05 to
+        0.16 nats as it is, 0.55 to 1.0 with one wrong token among the cached ones."""
         ids = (torch.arange(12, device=self.device) * 7919 + 3)[None] % self.vocab_size
         plain = self.model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
         self.model.set_attn_implementation(ATTENTION)
@@ -225,7 +226,7 @@ class CausalLM:
         difference = (self.head(self.hidden(ids)[0]).log_softmax(-1) - plain).abs()
         worst = max(worst, float(difference.max() if exact else difference.mean(-1).max()))
         # Written so that NaN passes: broken weights are a request's error, not an unsupported model.
-        if worst > (1e-3 if exact else 0.5):
+        if worst > (1e-3 if exact else 0.3):
             raise ValueError(
                 f"the embedded engine cannot serve {self.config.model_type!r}: with its cache the log-probabilities "
                 f"are off by {worst:.3g} nats. Serve it with vLLM."
