@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from typing import Any
 
 from distill.config_keys import documentation
 from distill.config_load import ConfigError, LoadedConfig, add_config_arguments, leaves, load_from_arguments
@@ -39,7 +40,18 @@ def schema_text() -> str:
     from distill.config import RunConfig
 
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **RunConfig.model_json_schema()}
+    _write_none(schema)
     return json.dumps(schema, indent=2) + "\n"
+
+
+def _write_none(schema: Any) -> None:
+    """Where a value may be missing, let it be `"none"` too: TOML has no null."""
+    if isinstance(schema, dict):
+        choices = schema.get("anyOf")
+        if isinstance(choices, list) and {"type": "null"} in choices:
+            choices.append({"const": "none"})
+    for part in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
+        _write_none(part)
 
 
 def as_text(loaded: LoadedConfig) -> str:

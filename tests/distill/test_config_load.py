@@ -364,6 +364,8 @@ def test_help_names_every_key_with_type_and_default() -> None:
 def test_the_schema_accepts_the_shipped_files_and_no_unknown_key() -> None:
     jsonschema = pytest.importorskip("jsonschema")
     validator = jsonschema.Draft202012Validator(json.loads(schema_text()))
+    assert validator.is_valid({"env": "e", "student": {"model": "m", "max_context": "none"}})
+    assert not validator.is_valid({"env": "e", "student": {"model": "m", "max_context": "nine"}})
     for file in (ROOT / "configs").glob("*.toml"):
         validator.validate(tomllib.loads(file.read_text()))
     assert not validator.is_valid({"env": "e", "student": {"model": "s", "modle": 1}})
