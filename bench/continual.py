@@ -294,7 +294,7 @@ def cpu_s() -> float:
 
 
 def plot(parts: Sequence[dict[str, Any]], path: Path) -> None:
-    """Skill and knowledge over the recipe's stages, each seed thin and their mean thick."""
+    """Skill and knowledge over the recipe's stages, each seed thin and their mean thick; `alone` dotted."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -303,16 +303,20 @@ def plot(parts: Sequence[dict[str, Any]], path: Path) -> None:
     seeds = [part["points"] for part in parts if part["part"] == "recipe"]
     labels = ["original", "documents\nlearnt"]
     labels += [f"{point['step']}" for point in seeds[0][2:]]
-    figure, axes = pyplot.subplots(figsize=(7, 4), dpi=130)
+    alone = [part["points"] for part in parts if part["part"] == "alone"]
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), dpi=130)
     for name, colour in (("skill", "#1f4e8c"), ("knowledge", "#c8641e")):
         rows = [[100 * point[name] for point in points] for points in seeds]
         for row in rows:
             axes.plot(row, color=colour, linewidth=0.7, alpha=0.45)
+        for points in alone:
+            values, label = [100 * point[name] for point in points], f"{name}, from the original alone"
+            axes.plot(range(1, len(values) + 1), values, ":", color=colour, linewidth=1.6, label=label)
         title = "old skill: success on held-out tasks" if name == "skill" else "new knowledge: right answers"
         axes.plot([fmean(column) for column in zip(*rows, strict=True)], "o-", color=colour, linewidth=2, label=title)
     axes.axvspan(1, len(labels) - 1, color="#f1f1f1", zorder=0)
     axes.set_xticks(range(len(labels)), labels)
-    axes.set_xlabel("then: steps of on-policy distillation from the original", loc="right")
+    axes.set_xlabel("then: steps of on-policy distillation", loc="right")
     axes.set_ylabel("per cent, temperature 1")
     axes.set_ylim(-3, 103)
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
