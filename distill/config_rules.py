@@ -335,7 +335,8 @@ def notes_of(config: RunConfig) -> Iterator[str]:
     for key, teacher in teachers_of(config):
         own = teacher.model == config.student.model or (teacher.model is None and not teacher.base_url)
         if config.episodes is None and own and not teacher.sees_more and config.loss.uses_teacher:
-            yield f"{key}.model is the student's own and has no system_prompt: the KL is 0 and nothing is learnt"
+            told = "nothing is learnt" if len(config.all_teachers) == 1 else "it holds the student where it began"
+            yield f"{key}.model is the student's own and has no system_prompt: the KL is 0, {told}"
     schedule = config.loss.teacher_tau_schedule
     if schedule is not None and schedule.over > config.steps:
         yield f"loss.teacher_tau_schedule.over is {schedule.over}: the run ends before, after {config.steps} steps"
