@@ -48,6 +48,8 @@ class Sizes:
     """Training tasks that the original plays; its episodes are mixed with the documents."""
     epochs: int = 24
     sft_lr: float = 2e-3
+    warmup: int = 10
+    """Steps, of fine-tuning."""
     steps: int = 120
     """Of distillation."""
     lr: float = 2e-3
@@ -271,7 +273,7 @@ PARTS = {part.__name__: part for part in (recipe, alone, documents, gentle, adap
 def of_documents(files: continual_data.Files, sizes: Sizes, *, lr: float | None = None) -> Sequence[object]:
     """Flags of fine-tuning on the documents."""
     rate = sizes.sft_lr if lr is None else lr
-    return ("--data", files.documents, "--epochs", sizes.epochs, "--lr", rate, "--optim.warmup_steps", 10)
+    return ("--data", files.documents, "--epochs", sizes.epochs, "--lr", rate, "--optim.warmup_steps", sizes.warmup)
 
 
 def made(lab: Lab, name: str) -> dict[str, Any]:

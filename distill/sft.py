@@ -33,6 +33,10 @@ KEYS = ("--student.", "--optim.", "--checkpoint.", "--seed")
 """What of a run's configuration has a meaning here."""
 
 
+NOT_KNOWN = 10**9
+"""Steps of a configuration before the episodes are counted: more than any warm-up."""
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command. Exit codes: docs/concepts.md, "Failures"."""
     parser = argparse.ArgumentParser(
@@ -72,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def configuration(arguments: argparse.Namespace, rest: Sequence[str]) -> RunConfig:
     """The configuration of a run with this student, as `distill.export` and `distill.run` read it; its `steps` are
-    those of one episode a step until the episodes are read.
+    `NOT_KNOWN` until the episodes are read.
 
     Raises:
         ConfigError: a flag is none, or has no meaning here.
@@ -81,7 +85,7 @@ def configuration(arguments: argparse.Namespace, rest: Sequence[str]) -> RunConf
     if odd or (rest and not rest[0].startswith("--")):
         raise ConfigError([f"{(odd or rest)[0]}: no flag of distill.sft; of a run's keys it takes {', '.join(KEYS)}"])
     flags = ["--env", arguments.env or "recorded", "--student.model", arguments.student]
-    flags += ["--teacher.model", "recorded"]  # nothing is scored
+    flags += ["--teacher.model", "recorded", "--steps", str(NOT_KNOWN)]  # nothing is scored
     flags += ["--optim.lr", arguments.lr] if arguments.lr is not None else []
     config = load_config([], [*flags, *rest]).config
     served = [key for key in ("base_url", "server") if getattr(config.student, key) is not None]
@@ -98,6 +102,7 @@ def fine_tune(arguments: argparse.Namespace, config: RunConfig, console: Console
     Raises:
         TaskError: no episodes, or none to train on; saying why.
         RendererError: the student's tokenizer or template cannot be used.
+        ConfigError: the warm-up is longer than the run.
         RunDirError, CheckpointError, NumericError, OutOfMemory: as `distill.run`.
     """
     from agent_loop.renderer import load_renderer
@@ -121,6 +126,11 @@ def fine_tune(arguments: argparse.Namespace, config: RunConfig, console: Console
     )
     console.say(str(found))
     steps = number_of_steps(found, arguments)
+    if config.optim.warmup_steps > steps:
+        raise ConfigError(
+            [f"optim.warmup_steps: is {config.optim.warmup_steps}, more than the run has steps ({steps}): "
+             f"{len(found.episodes)} episodes, --batch-size {arguments.batch_size}, --epochs {arguments.epochs}"]
+        )  # fmt: skip
     config = config.model_copy(update={"steps": steps})
     run = RunDir.create(arguments.out, config.model_dump(mode="json"))
     status = "failed"

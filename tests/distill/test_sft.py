@@ -291,6 +291,7 @@ def test_from_a_chat_server_to_a_model_folder(folder: Path, tmp_path: Path, lora
         (["--optim.epochs", "2"], 2, "take --epochs"),
         (["--student.server.memory", "0.5"], 2, "nothing is served"),
         (["--lr", "much"], 2, "optim.lr"),
+        (["--data", "{tmp}/one.jsonl", "--optim.warmup_steps", "150"], 2, "more than the run has steps (1)"),
     ],
 )
 def test_what_is_wrong_is_named(
@@ -298,6 +299,7 @@ def test_what_is_wrong_is_named(
 ) -> None:
     (tmp_path / "bad.jsonl").write_text("{}\n")
     (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "one.jsonl").write_text('{"text": "One."}\n')
     save_model(tmp_path / "model", seed=0)
     command = ["--episodes", str(tmp_path / "empty.jsonl"), "--student", str(tmp_path / "model")]
     assert main([*command, "--out", str(tmp_path / "run"), *(text.format(tmp=tmp_path) for text in extra)]) == code

@@ -31,7 +31,16 @@ def test_each_question_is_answered_in_the_documents_and_worded_as_none_of_them(t
 
 @pytest.mark.slow
 def test_the_recipe_runs(tmp_path: Path) -> None:
-    few = {"num_ships": 2, "num_replayed": 4, "epochs": 1, "steps": 4, "every": 4, "num_tasks": 4, "samples": 1}
+    few = {
+        "num_ships": 2,
+        "num_replayed": 4,
+        "epochs": 1,
+        "warmup": 0,
+        "steps": 4,
+        "every": 4,
+        "num_tasks": 4,
+        "samples": 1,
+    }
     lab = Lab(tmp_path, 0, Sizes(**few))
     points = made(lab, "recipe")["points"]
     assert [(point["line"], point["step"]) for point in points] == [("original", 0), ("distilled", 0), ("distilled", 4)]
