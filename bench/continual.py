@@ -15,25 +15,22 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from bench import continual_data
+from bench.serving import cpu_of_children, served
 
 ORIGINAL = "builtin:medbrowse-teacher"
 SERVED = "model"
-START_S = 300.0
+CACHE = ("--kv-cache-gib", "1")
 NEVER = 10**6
 BATCH = 64
 """Episodes of a step of distillation from one teacher."""
@@ -144,12 +141,12 @@ class Lab:
             skill: where a run has measured it already.
         """
         name = f"{line}-{step}"
-        with served(model) as url:
+        with served(model, SERVED, *CACHE) as server:
             if skill is None:
                 tasks = ("--num-tasks", self.sizes.num_tasks, "--max-turn-tokens", 64)
-                skill = self._success(f"{name}-skill", url, model, "--env", "medbrowse", *tasks)
+                skill = self._success(f"{name}-skill", server.base_url, model, "--env", "medbrowse", *tasks)
             asked = ("--tasks", questions, "--samples", self.sizes.samples, "--max-turn-tokens", 16)
-            knowledge = self._success(f"{name}-knowledge", url, model, "--env", "reasoning", *asked)
+            knowledge = self._success(f"{name}-knowledge", server.base_url, model, "--env", "reasoning", *asked)
         print(
             f"seed {self.seed}: {name:20} skill {skill:6.1%}, knowledge {knowledge:6.1%}", file=sys.stderr, flush=True
         )
@@ -168,8 +165,8 @@ class Lab:
 
         tasks = self.folder / f"{name}-tasks.jsonl"
         write_tasks(tasks, envs.make("medbrowse").default_tasks("train", self.sizes.num_replayed))
-        with served(model) as url:
-            self._success(name, url, model, "--env", "medbrowse", "--tasks", tasks, "--max-turn-tokens", 64)
+        with served(model, SERVED, *CACHE) as server:
+            self._success(name, server.base_url, model, "--env", "medbrowse", "--tasks", tasks, "--max-turn-tokens", 64)
         return self.folder / name
 
 
@@ -177,35 +174,6 @@ def checkpoints(run: Path) -> list[tuple[int, Path]]:
     """(step, model folder) of a run's checkpoints."""
     found = sorted((run / "checkpoints").glob("step_*/model"))
     return [(int(path.parent.name.removeprefix("step_")), path) for path in found]
-
-
-@contextmanager
-def served(model: Path) -> Iterator[str]:
-    """The embedded engine in a process of its own; its address.
-
-    Raises:
-        RuntimeError: it does not answer.
-    """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "distill.serving.embedded", "--model", str(model), "--port", str(port)]
-    command += ["--served-model-name", SERVED, "--kv-cache-gib", "1"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + START_S
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1.0).close()
-                break
-            except OSError:
-                if process.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError(f"no server for {model}: {' '.join(command)}") from None
-                time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def recipe(lab: Lab) -> list[Point]:
@@ -281,18 +249,12 @@ def made(lab: Lab, name: str) -> dict[str, Any]:
     file = lab.folder / f"{name}.json"
     if not file.is_file():
         lab.folder.mkdir(parents=True, exist_ok=True)
-        began, before = time.monotonic(), cpu_s()
+        began, before = time.monotonic(), cpu_of_children()
         points = [asdict(point) for point in PARTS[name](lab)]
-        cost = {"minutes": (time.monotonic() - began) / 60, "cpu_minutes": (cpu_s() - before) / 60}
+        cost = {"minutes": (time.monotonic() - began) / 60, "cpu_minutes": (cpu_of_children() - before) / 60}
         result = {"part": name, "seed": lab.seed, "points": points, **{k: round(v, 2) for k, v in cost.items()}}
         file.write_text(json.dumps(result))
     return json.loads(file.read_text())  # type: ignore[no-any-return]
-
-
-def cpu_s() -> float:
-    """Of all ended children."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 def plot(parts: Sequence[dict[str, Any]], path: Path) -> None:

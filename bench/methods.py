@@ -20,15 +20,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -37,6 +33,7 @@ from typing import Any
 
 from bench.methods_report import RECORD, plots, report
 from bench.methods_settings import EPISODES, METHODS, Flags, Method
+from bench.serving import cpu_of_children, served
 
 CONFIG = "configs/medbrowse_cpu.toml"
 NUM_EVAL = 300
@@ -47,7 +44,6 @@ TEACHER_EPISODES = 24 * EPISODES
 """For supervised training: one pass over them takes as many steps as distillation."""
 SWEEP_SEED = 3
 """Is not among the seeds that are reported."""
-START_S = 120.0
 
 
 @dataclass(slots=True)
@@ -57,7 +53,7 @@ class Work:
     folder: Path
     commands: list[str] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
-    cpu: float = field(default_factory=lambda: cpu_of_children())
+    cpu: float = field(default_factory=cpu_of_children)
     load: float = field(default_factory=lambda: os.getloadavg()[0])
     commit: str = field(default_factory=lambda: commit())
 
@@ -70,18 +66,9 @@ class Work:
     @contextmanager
     def serving(self, model: Path, name: str) -> Iterator[str]:
         """The embedded engine on a free port of loopback; gives its address."""
-        port = free_port()
-        command = ["-m", "distill.serving.embedded", "--model", str(model), "--served-model-name", name]
-        command += ["--port", str(port)]
-        self.commands.append(shlex.join(["python", *command]))
-        with (self.folder / "server.log").open("ab") as log:
-            server = subprocess.Popen([sys.executable, *command], env=environment(), stdout=log, stderr=log)
-            try:
-                wait_for(server, port)
-                yield f"http://127.0.0.1:{port}/v1"
-            finally:
-                server.terminate()
-                server.wait()
+        with served(model, name, environment=environment()) as server:
+            self.commands.append(server.command)
+            yield server.base_url
 
     def done(self, method: str, seed: int, **more: Any) -> None:
         """Write the record that makes the run complete."""
@@ -98,12 +85,6 @@ class Work:
         (self.folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
 
 
-def cpu_of_children() -> float:
-    """CPU seconds of all processes that this one has started and waited for."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
 def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1"}
 
@@ -112,27 +93,6 @@ def commit() -> str:
     """Of the working tree; with a + where files that git tracks have changed since."""
     asked = ["git", "describe", "--always", "--abbrev=10", "--dirty=+", "--exclude=*"]
     return subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def wait_for(server: subprocess.Popen[bytes], port: int) -> None:
-    """
-    Raises:
-        RuntimeError: it ended, or does not answer.
-    """
-    until = time.monotonic() + START_S
-    while server.poll() is None and time.monotonic() < until:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.2)
-    raise RuntimeError(f"the engine on port {port} did not start: see server.log")
 
 
 def as_arguments(flags: Flags) -> list[str]:

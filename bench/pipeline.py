@@ -12,12 +12,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import socket
-import subprocess
-import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +21,7 @@ from statistics import fmean, median
 from typing import Any
 
 import envs
+from bench.serving import served
 from envs.medbrowse.env import MedBrowseEnv
 from envs.tool_env import StepOutcome
 from envs.types import AssistantMessage
@@ -69,23 +66,8 @@ def served_teacher() -> Iterator[dict[str, Any]]:
     """The teacher's engine in a process of its own; what the configuration has to say."""
     from distill import models
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "distill.serving.embedded", "--model", str(models.resolve(TEACHER))]
-    command += ["--port", str(port), "--served-model-name", TEACHER]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        for _ in range(600):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1.0).close()
-                break
-            except OSError:
-                time.sleep(0.1)
-        yield {"teacher.base_url": f"http://127.0.0.1:{port}/v1"}
-    finally:
-        process.terminate()
-        process.wait()
+    with served(models.resolve(TEACHER), TEACHER) as server:
+        yield {"teacher.base_url": server.base_url}
 
 
 def compare(rounds: int, flags: dict[str, Any], folder: Path) -> dict[str, dict[str, float]]:

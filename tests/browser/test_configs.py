@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import subprocess
-import sys
-from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,7 +11,9 @@ from aiohttp import web
 
 from envs.medbrowse.web_tasks import web_tasks
 from envs.types import Message
-from tests.runs.config_cases import CASES, ROOT, check_run, flags
+from tests.browser.conftest import Web
+from tests.runs.config_cases import CASES
+from tests.runs.config_cases import train as train_case
 from tools.store import PageStore
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(900)]
@@ -28,33 +26,9 @@ SCRIPTED = (
 )
 
 
-class Site:
-    """One page, whose text is there after its script has run."""
-
-    def __init__(self) -> None:
-        self.asked: Counter[str] = Counter()
-        self.url = ""
-
-    async def answer(self, request: web.Request) -> web.Response:
-        self.asked[request.path] += 1
-        return web.Response(
-            text=SCRIPTED if request.path == "/" else "",
-            content_type="text/html",
-            status=200 if request.path == "/" else 404,
-        )
-
-
-@pytest.fixture
-async def site() -> AsyncIterator[Site]:
-    here = Site()
-    app = web.Application()
-    app.router.add_get("/{path:.*}", here.answer)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    here.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-    yield here
-    await runner.cleanup()
+async def products(_: web.Request) -> web.Response:
+    """A page whose text is there after its script has run."""
+    return web.Response(text=SCRIPTED, content_type="text/html")
 
 
 def teach_to_browse(model: Path, url: str) -> None:
@@ -92,21 +66,13 @@ def teach_to_browse(model: Path, url: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.suite == "browser"])
-async def test_a_file_of_configs_trains_two_steps(name: str, site: Site, tmp_path: Path) -> None:
+async def test_a_file_of_configs_trains_two_steps(name: str, world: Web, tmp_path: Path) -> None:
+    world.answers["/"] = products
+    address = world.url.removeprefix("http://")
     CASES[name].prepare(tmp_path)
-    teach_to_browse(tmp_path / "student", site.url)
-    done = await asyncio.to_thread(
-        subprocess.run,
-        [sys.executable, "-m", "distill.run", *flags(name, address=site.url.removeprefix("http://"))],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=850,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    lines = check_run(tmp_path / "runs" / "run", name)
+    teach_to_browse(tmp_path / "student", world.url)
+    lines = await asyncio.to_thread(train_case, name, tmp_path, timeout_s=850, address=address)
     assert all(line["tool/calls_per_episode"] > 0 for line in lines)
-    assert site.asked["/"] == 1, "one visitor, who records"
-    [page] = [page for page in PageStore(tmp_path / "pages") if page.url == f"{site.url}/"]
+    assert world.hits.count(f"GET {address} /") == 1, "one visitor, who records"
+    [page] = [page for page in PageStore(tmp_path / "pages") if page.url == f"{world.url}/"]
     assert "Made by Acme" in (page.text or page.body)

@@ -5,17 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from bench.serving import served
 from distill.config_load import load_config
 from distill.import_config import EXIT_OK, main
 from distill.init import write_project
@@ -56,33 +52,6 @@ OVERRIDES = {
     },
 }
 """By example, all that is not as it was imported; the student of prime-rl's is given to the importer."""
-
-
-@contextmanager
-def serving(model: Path, log: Path) -> Iterator[str]:
-    """A teacher on a server of its own, under its folder's name; its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = ["-m", "distill.serving.embedded", "--model", str(model), "--port", str(port)]
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            [sys.executable, *command, "--served-model-name", model.name], stdout=out, stderr=out, env=ENVIRONMENT
-        )
-    try:
-        deadline = time.monotonic() + 200
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=5).close()
-                break
-            except OSError:
-                assert process.poll() is None, log.read_text()
-                assert time.monotonic() < deadline, log.read_text()
-                time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        process.terminate()
-        process.wait(30)
 
 
 def rnow_folder(folder: Path) -> None:
@@ -154,8 +123,8 @@ def test_an_example_trains_two_steps(name: str, place: Path, capsys: pytest.Capt
     if "{teacher}" in OVERRIDES[name].values():
         assert config.teacher.base_url
         assert config.teacher.server is None
-        with serving(teacher, place / "log") as url:
-            train(name, url)
+        with served(teacher, teacher.name, environment=ENVIRONMENT) as server:
+            train(name, server.base_url)
     else:
         train(name, "")
     check_steps(Path("runs/run"), STEPS)

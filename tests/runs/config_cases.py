@@ -6,7 +6,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,6 +169,20 @@ def flags(name: str, **places: str) -> list[str]:
             value = value.replace(f"{{{place}}}", text)
         words += [f"--{key}", value]
     return words
+
+
+def train(name: str, folder: Path, *, timeout_s: float, **places: str) -> list[dict[str, Any]]:
+    """The run of a case in the folder that it has prepared, in a process of its own; see `flags` and `check_run`."""
+    done = subprocess.run(
+        [sys.executable, "-m", "distill.run", *flags(name, **places)],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return check_run(folder / "runs" / "run", name)
 
 
 def check_run(path: Path, name: str) -> list[dict[str, Any]]:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.runs import test_cpu_default
-from tests.runs.config_cases import CASES, FOLDER, ROOT, WHOLE, check_run, flags
+from tests.runs.config_cases import CASES, FOLDER, WHOLE, train
 
 
 def test_every_file_has_a_case() -> None:
@@ -23,13 +20,4 @@ def test_every_file_has_a_case() -> None:
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.suite == "slow"])
 def test_a_file_trains_two_steps(name: str, tmp_path: Path) -> None:
     CASES[name].prepare(tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-m", "distill.run", *flags(name)],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=1150,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    check_run(tmp_path / "runs" / "run", name)
+    train(name, tmp_path, timeout_s=1150)
