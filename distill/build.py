@@ -38,7 +38,7 @@ from distill.sources import Source, SourceError, Teacher, load_sources
 from distill.student import Student
 from distill.teacher import HttpTeacher
 from distill.teacher_context import ContextError, TeacherContext, context_of, read_examples
-from envs.types import Task
+from envs.types import Message, Task
 
 T = TypeVar("T")
 
@@ -257,6 +257,10 @@ def build(config: RunConfig, console: Console, folder: Path) -> Parts:
         sources = load_sources(config)
     except SourceError as error:
         raise BuildError(str(error)) from error
+    examples = {
+        name: () if teacher.examples is None else read_examples(teacher.examples)
+        for name, teacher in config.all_teachers.items()
+    }
     student_path = models.resolve(config.student.model, progress=console.say)
     teacher_paths = {
         name: models.resolve(teacher.model or config.student.model, progress=console.say)
@@ -272,7 +276,7 @@ def build(config: RunConfig, console: Console, folder: Path) -> Parts:
         console.say(f"micro-batches are padded, not packed: {student.padded_because}")
     place = Place(config=config, folder=folder, lora_modules=student.adapted_modules)
     student_endpoint = place.student(student, student_path, renderer)
-    teachers = build_teachers(config, place, sources, teacher_paths, renderer, student_endpoint)
+    teachers = build_teachers(config, place, sources, teacher_paths, examples, renderer, student_endpoint)
     probe = next(source for source in sources.values() if source.train_tasks)
     messages = renderer.clean(probe.train_tasks[0].messages)
     canary = renderer.render_prompt(messages, probe.tool_specs)[:CANARY_TOKENS]
@@ -289,7 +293,7 @@ def build(config: RunConfig, console: Console, folder: Path) -> Parts:
         task_sets=[
             *(found for source in sources.values() for found in task_sets(source)),
             *(
-                examples_set(f"{teacher_key(name)}.examples", teacher.examples, read_examples(teacher.examples))
+                examples_set(f"{teacher_key(name)}.examples", teacher.examples, examples[name])
                 for name, teacher in config.all_teachers.items()
                 if teacher.examples is not None
             ),
@@ -308,20 +312,25 @@ def build_teachers(
     place: Place,
     sources: Mapping[str, Source],
     paths: Mapping[str, str | Path],
+    examples: Mapping[str, Sequence[Message]],
     renderer: Renderer,
     student: Endpoint,
 ) -> dict[str, Teacher]:
     """The teachers that the sources have, those that are served alike on one endpoint.
 
+    Args:
+        paths, examples: of each teacher, by its name.
+
     Raises:
         BuildError: a task lacks what its teacher's prompt wants to say of it.
         EndpointError: the environment variable of a key is not set.
-        TaskError: a file of examples, with its line.
     """
     contexts: dict[str, TeacherContext | None] = {}
     extra = dict.fromkeys(config.all_teachers, 0)
     for source in sources.values():
-        contexts[source.name] = context = context_of(config.all_teachers[source.teacher], renderer, source.tool_specs)
+        contexts[source.name] = context = context_of(
+            config.all_teachers[source.teacher], examples[source.teacher], renderer, source.tool_specs
+        )
         if context is not None:
             try:
                 extra[source.teacher] = max(extra[source.teacher], context.extra_tokens(source.train_tasks))

@@ -113,11 +113,13 @@ class TeacherContext:
         return student, self.renderer.render_prompt(self.renderer.clean(self.messages(task)), tools)
 
 
-def context_of(config: OneTeacherConfig, renderer: Renderer, tool_specs: Sequence[ToolSpec]) -> TeacherContext | None:
+def context_of(
+    config: OneTeacherConfig, examples: Sequence[Message], renderer: Renderer, tool_specs: Sequence[ToolSpec]
+) -> TeacherContext | None:
     """What a teacher sees before tasks of an environment; None where it sees what the student sees.
 
-    Raises:
-        TaskError: the file of examples is not there, or a line is no dialogue.
+    Args:
+        examples: what `read_examples` read of its file; empty where it has none.
     """
     if not config.sees_more:
         return None
@@ -126,7 +128,7 @@ def context_of(config: OneTeacherConfig, renderer: Renderer, tool_specs: Sequenc
         tool_specs=tuple(tool_specs),
         system_prompt=config.system_prompt,
         prompt_fields=config.prompt_fields,
-        examples=() if config.examples is None else read_examples(config.examples),
+        examples=examples,
     )
 
 

@@ -28,7 +28,7 @@ from distill.endpoints import Endpoint
 from distill.findings import Finding
 from distill.serving.embedded import EmbeddedEngine
 from distill.serving.fleet import Fleet
-from distill.teacher_context import context_of
+from distill.teacher_context import context_of, read_examples
 from tests.fakes.fake_vllm import FakeVllm, InventedModel
 from tests.runs.conftest import ROOT, TEMPLATE, TOOLS, save_model, save_tokenizer
 
@@ -311,7 +311,7 @@ async def test_the_teachers_own_words_take_context_too(parts: Parts, tmp_path: P
     prompted = build(RunConfig.model_validate(values), Console(quiet=True), tmp_path / "prompted")
     teacher = prompted.teachers[""]
     task = prompted.sources[""].train_tasks[0]
-    context = context_of(teacher.config, prompted.renderer, prompted.sources[""].tool_specs)
+    context = context_of(teacher.config, read_examples(examples), prompted.renderer, prompted.sources[""].tool_specs)
     assert context is not None
     longer = len(prompted.renderer.render_prompt(context.messages(task), prompted.sources[""].tool_specs))
     own = len(prompted.renderer.render_prompt(task.messages, prompted.sources[""].tool_specs))
